@@ -1,0 +1,174 @@
+"""Compare Lookonce with transformers: the same random weights, the same pictures and prompts, every stage.
+
+Prints a table and ends with status 1 where a bar is missed. Needs the `parity` extra; takes some minutes.
+
+    python scripts/parity.py
+    python scripts/parity.py --write-golden     # also renew tests/data, which the default tests compare with
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import parity_golden
+from make_model import make_pair, make_weights
+from model_maker.shape import FAMILIES, Shape, find_shape
+from numpy.typing import NDArray
+from parity_case import PICTURES, PROMPTS, TEXTS, PromptCase
+from parity_library import DEFAULT, EXACT, Library
+from parity_picture import make_picture
+from parity_reference import Reference
+
+__all__ = ["Report", "compare_family"]
+
+_ROW_COSINE, _ROW_ERROR = 0.99999, 1e-3
+_EXACT_ERROR, _EXACT_TEXT_ERROR, _DEFAULT_ERROR = 1e-3, 1e-5, 3e-2
+_GREEDY_TOKENS = 24
+
+
+@dataclass(slots=True)
+class Report:
+    """Prints lines and counts the bars that were missed."""
+
+    missed: int = 0
+    worst: dict[str, float] = field(default_factory=dict)
+
+    def line(self, label: str, *cells: str, met: bool = True) -> None:
+        """Print one line of a table."""
+        self.missed += not met
+        print(f"{label:<26}" + "".join(f"{cell:>13}" for cell in cells) + ("" if met else "   MISSED"), flush=True)
+
+    def error(self, name: str, value: float) -> str:
+        """Remember the largest error of a kind and give it as a cell."""
+        self.worst[name] = max(value, self.worst.get(name, 0.0))
+        return f"{value:.1e}"
+
+
+def relative_error(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """Give the norm of the difference over the reference's norm; infinity for another shape."""
+    if ours.shape != theirs.shape:
+        return float("inf")
+    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
+
+
+def lowest_cosine(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """Give the lowest cosine between rows of the same place; -1 for another shape."""
+    if ours.shape != theirs.shape:
+        return -1.0
+    a, b = ours.astype(np.float64), theirs.astype(np.float64)
+    return float(np.min((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))))
+
+
+def compare_family(family: str, folder: Path, report: Report) -> Reference:
+    """Compare everything for the tiny model of one family."""
+    shape = find_shape(family, "tiny")
+    reference = Reference(shape, *make_weights(shape))
+    files = make_pair(folder, family=family)
+    print(f"\n{FAMILIES[family]}: {files[0].name}")
+    with Library(*files, shape, EXACT) as library:
+        _compare_tokens(reference, library, report)
+        _compare_pictures(reference, library, report)
+        _compare_prompts(reference, library, report, shape, exact=True)
+    with Library(*files, shape, DEFAULT) as library:
+        _compare_prompts(reference, library, report, shape, exact=False)
+    return reference
+
+
+def _compare_tokens(reference: Reference, library: Library, report: Report) -> None:
+    """Compare the ids of odd texts, put through the chat template on both sides."""
+    for text in TEXTS:
+        theirs = reference.tokenize(reference.render(PromptCase((text,)).messages()))
+        ours = list(library.prompt([text]).units())
+        if ours != theirs:
+            report.line("tokens of " + ascii(text)[:50], met=False)
+    report.line("tokens", f"{len(TEXTS)} texts")
+
+
+def _compare_pictures(reference: Reference, library: Library, report: Report) -> None:
+    report.line("picture", "grid", "pixels", "tower err", "tower cos", "rows err", "rows cos")
+    for width, height, number in PICTURES:
+        picture = make_picture(width, height, number)
+        pixels, _, grid = reference.preprocess(picture)
+        same = np.array_equal(pixels, library.preprocess(picture).pixels)
+        tower, rows = reference.look(picture)
+        our_tower, look = library.look(picture)
+        our_rows = np.asarray(look.rows, dtype=np.float32)
+        error, cosine = relative_error(our_rows, rows), lowest_cosine(our_rows, rows)
+        our_tower = our_tower.reshape(-1, tower.shape[-1])
+        report.line(
+            f"{width} x {height}",
+            f"{grid[0]} x {grid[1]}",
+            "equal" if same else "DIFFER",
+            report.error("vision tokens", relative_error(our_tower, tower)),
+            f"{lowest_cosine(our_tower, tower):.7f}",
+            report.error("rows", error),
+            f"{cosine:.7f}",
+            met=same and look.grid == grid and cosine >= _ROW_COSINE and error <= _ROW_ERROR,
+        )
+
+
+def _compare_prompts(
+    reference: Reference, library: Library, report: Report, shape: Shape, *, exact: bool
+) -> None:
+    layers = [f"layer {index}" for index in range(shape.text.layers)]
+    report.line("exact" if exact else "default", "tokens", *layers, "logits", "logits cos", "greedy")
+    for case in PROMPTS:
+        pictures = [make_picture(*size) for size in case.pictures]
+        looks = [library.look(picture)[1] for picture in pictures]
+        ids = reference.tokenize(reference.render(case.messages()), pictures)
+        theirs = reference.evaluate(ids, pictures)
+        prompt = library.prompt(case.parts_with(looks))
+        ours = library.evaluate(prompt)
+        error = relative_error(ours.logits, theirs.logits)
+        bar = (_EXACT_ERROR if pictures else _EXACT_TEXT_ERROR) if exact else _DEFAULT_ERROR
+        same = True
+        if exact:
+            same = library.generate(prompt, _GREEDY_TOKENS) == reference.generate(ids, pictures, _GREEDY_TOKENS)
+        kind = f"{'exact' if exact else 'default'}, {'pictures' if pictures else 'text'}"
+        report.line(
+            case.name,
+            str(len(ids)),
+            *(
+                report.error(f"hidden states, {kind}", relative_error(*pair))
+                for pair in zip(ours.layers, theirs.layers, strict=True)
+            ),
+            report.error(f"logits, {kind}", error),
+            f"{lowest_cosine(ours.logits, theirs.logits):.7f}",
+            ("same" if same else "DIFFERS") if exact else "",
+            met=error <= bar and same,
+        )
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--family", choices=list(FAMILIES), action="append", help="default: all")
+    parser.add_argument("--write-golden", action="store_true", help="renew the arrays in tests/data")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the comparison; 1 where a bar was missed."""
+    options = _parse(arguments)
+    report = Report()
+    with tempfile.TemporaryDirectory() as folder:
+        for family in options.family or FAMILIES:
+            reference = compare_family(family, Path(folder), report)
+            if options.write_golden:
+                path = parity_golden.golden_path(family)
+                parity_golden.write(path, reference)
+                print(f"wrote {path} ({path.stat().st_size / 1e3:.0f} kB)")
+    print("\nlargest relative errors")
+    for name, value in report.worst.items():
+        print(f"  {name:<34}{value:.2e}")
+    print(f"{report.missed} bars missed" if report.missed else "all bars met")
+    return 1 if report.missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
+
+

@@ -1,0 +1,94 @@
+"""What is compared: pictures of many sizes, prompts with none, one and three pictures, texts that are hard to split.
+
+Needs neither torch nor native code.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+__all__ = ["GOLDEN_PICTURES", "PICTURES", "PROMPTS", "TEXTS", "PromptCase"]
+
+Size = tuple[int, int, int]
+_Look = TypeVar("_Look")
+
+# Width, height, number.
+PICTURES: tuple[Size, ...] = (
+    (256, 256, 0),
+    (512, 512, 1),
+    (257, 255, 2),
+    (300, 200, 3),
+    (101, 103, 4),
+    (640, 480, 5),
+    (333, 777, 6),
+    (1000, 50, 7),
+    (40, 1200, 8),
+    (2000, 11, 9),
+    (31, 17, 10),
+    (5, 3, 11),
+    (1, 1, 12),
+    (720, 1280, 13),
+    (1536, 1024, 14),
+)
+GOLDEN_PICTURES: tuple[Size, ...] = ((256, 256, 0), (300, 200, 3), (1000, 50, 7), (5, 3, 11))
+
+
+@dataclass(frozen=True, slots=True)
+class PromptCase:
+    """One user message: texts, and the sizes of the pictures that stand between them."""
+
+    parts: tuple[str | Size, ...]
+    name: str = ""
+
+    @property
+    def pictures(self) -> tuple[Size, ...]:
+        """The pictures in order."""
+        return tuple(part for part in self.parts if not isinstance(part, str))
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Give the conversation as transformers takes it."""
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in self.parts
+        ]
+        return [{"role": "user", "content": content}]
+
+    def parts_with(self, looks: Sequence[_Look]) -> list[str | _Look]:
+        """Give the message with a look in each picture's place."""
+        remaining = iter(looks)
+        return [part if isinstance(part, str) else next(remaining) for part in self.parts]
+
+
+PROMPTS = (
+    PromptCase(("What colour is the circle?",), "text"),
+    PromptCase(("Describe the red square and the yellow circle. " * 40,), "long text"),
+    PromptCase(("é ü 日本 \U0001f642 12345\n\n  of the cat",), "odd text"),
+    PromptCase(((300, 200, 3), "Describe the picture."), "one picture"),
+    PromptCase(("What is ", (1000, 50, 7), " that wide?"), "one, in the middle"),
+    PromptCase(((720, 1280, 13), "How many?"), "one, over one batch"),
+    PromptCase(((256, 256, 0), (40, 1200, 8), (5, 3, 11), "Compare them."), "three pictures"),
+    PromptCase(
+        ("Compare ", (257, 255, 2), " with ", (101, 103, 4), " and ", (300, 200, 3), ", please."), "three, apart"
+    ),
+)
+
+TEXTS = (
+    "What colour is the cat?",
+    " ",
+    "  leading and  double   spaces ",
+    "line\nbreaks\n\n\nand\ttabs \r\n end\n",
+    "1234567890 3.14159 ½ ² Ⅷ ٣",
+    "I've they'RE don'T we'Ll 'S'",
+    "héllo wörld naïve ﬁne",
+    "日本語のテキスト 你好，世界",
+    "emoji \U0001f642\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea done",
+    "русский العربية हिन्दी ไทย 한국어",
+    "decomposed e\u0301 a\u0308 \u1100\u1161, and signs \u212a \u212b",
+    "ƒ(x)=∑ᵢ xᵢ² ≤ ∞ !!!???...---",
+    "zero\u200bwidth \ufeff \u00a0 \u3000 \u2028 \u0085 \x0b\x0c \x00 \x1f \x7f",
+    "İstanbul ſtraße it'\u017f ok",
+    "<|im_end|> <|endoftext|><|im_start|>x",
+    '<tool_call>{"a": 1}</tool_call> <think>\nx\n</think> <tool_response>',
+    "<|not_a_token|> <im_end> <| im_end |>",
+    "a" * 300,
+    "\n",
+)

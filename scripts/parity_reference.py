@@ -1,0 +1,221 @@
+"""The reference: transformers' model, picture processor and tokenizer over the weights of the model maker.
+
+The only module here that needs torch. Knows nothing of GGUF or the Lookonce library.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tokenizers
+import torch
+import transformers
+from model_maker.shape import Shape
+from model_maker.template import CHAT_TEMPLATES
+from model_maker.vocabulary import Vocabulary
+from model_maker.weight import Weights
+from numpy.typing import NDArray
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+__all__ = ["Evaluation", "Reference"]
+
+# Qwen2TokenizerFast's own pattern, from tokenizer.json of both families.
+_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_PROCESSOR = {
+    "qwen3vl": {
+        "size": {"shortest_edge": 65_536, "longest_edge": 16_777_216},
+        "patch_size": 16,
+        "image_mean": [0.5] * 3,
+        "image_std": [0.5] * 3,
+    },
+    "qwen2.5vl": {"size": {"shortest_edge": 3_136, "longest_edge": 12_845_056}, "patch_size": 14},
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """What one prompt gives: its token ids (one image token a row), logits and every layer's output.
+
+    `logits` is (tokens, vocabulary), each of `layers` (tokens, hidden size), before DeepStack is added.
+    """
+
+    tokens: list[int]
+    logits: NDArray[np.float32]
+    layers: list[NDArray[np.float32]]
+
+
+class Reference:
+    """One model of transformers in F32 on the CPU, with eager attention."""
+
+    def __init__(self, shape: Shape, weights: Weights, vocabulary: Vocabulary) -> None:
+        self._shape = shape
+        self._image_token = vocabulary.id_of("<|image_pad|>")
+        self.tokenizer = _tokenizer(shape.family, vocabulary)
+        self.processor = Qwen2VLImageProcessorPil(**_PROCESSOR[shape.family], resample=Image.Resampling.BICUBIC)
+        self.model = _model(shape, weights, vocabulary)
+
+    def preprocess(self, picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[int, int]]:
+        """Give a picture's pixels after resizing, its flat patches, and its grid of merged tokens (rows, columns)."""
+        made = self.processor(Image.fromarray(picture), return_tensors="np")
+        patches = np.asarray(made["pixel_values"], dtype=np.float32)
+        _, height, width = (int(n) for n in made["image_grid_thw"][0])
+        size, merge = self._shape.vision.patch_size, self._shape.vision.merge_size
+        grid = (height // merge, width // merge)
+        blocks = patches.reshape(*grid, merge, merge, 3, 2, size, size)[:, :, :, :, :, 0]
+        image = blocks.transpose(0, 2, 5, 1, 3, 6, 4).reshape(height * size, width * size, 3)
+        mean, std = np.array(self.processor.image_mean), np.array(self.processor.image_std)
+        return np.rint((image * std + mean) * 255).astype(np.uint8), patches, grid
+
+    @torch.no_grad()
+    def look(self, picture: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Give the vision tower's tokens before the projector, and the rows: projected tokens and DeepStack's."""
+        made = self.processor(Image.fromarray(picture), return_tensors="pt")
+        tower: list[torch.Tensor] = []
+        visual = self.model.model.visual
+        hook = visual.blocks[-1].register_forward_hook(lambda module, given, result: tower.append(result))
+        try:
+            seen = self.model.model.get_image_features(made["pixel_values"], made["image_grid_thw"], return_dict=True)
+        finally:
+            hook.remove()
+        parts = [torch.cat(list(seen.pooler_output))]
+        for features in getattr(seen, "deepstack_features", None) or ():
+            parts.append(torch.cat(list(features)) if isinstance(features, (tuple, list)) else features)
+        return tower[0].numpy(), torch.cat(parts, dim=-1).numpy()
+
+    def render(self, messages: Sequence[dict[str, Any]]) -> str:
+        """Render a conversation through transformers' own template code."""
+        return str(self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True))
+
+    def tokenize(self, text: str, pictures: Sequence[NDArray[np.uint8]] = ()) -> list[int]:
+        """Split text into ids, each image mark standing for as many tokens as the picture has rows."""
+        ids: list[int] = []
+        grids = [self.preprocess(picture)[2] for picture in pictures]
+        for token in self.tokenizer(text, add_special_tokens=False)["input_ids"]:
+            rows = np.prod(grids.pop(0)) if token == self._image_token and grids else 1
+            ids += [token] * int(rows)
+        return ids
+
+    @torch.no_grad()
+    def evaluate(self, tokens: list[int], pictures: Sequence[NDArray[np.uint8]] = ()) -> Evaluation:
+        """Run the model once over a whole prompt."""
+        layers: list[torch.Tensor] = []
+        hooks = [
+            layer.register_forward_hook(
+                lambda module, given, result: layers.append(result[0] if isinstance(result, tuple) else result)
+            )
+            for layer in self.model.model.language_model.layers
+        ]
+        try:
+            logits = self.model(**self._inputs(tokens, pictures), use_cache=False).logits[0]
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return Evaluation(tokens, logits.numpy(), [layer.reshape(len(tokens), -1).numpy() for layer in layers])
+
+    @torch.no_grad()
+    def generate(self, tokens: list[int], pictures: Sequence[NDArray[np.uint8]], count: int) -> list[int]:
+        """Give the greedy continuation, each step evaluated from the start: no cache can be at fault."""
+        grown = list(tokens)
+        for _ in range(count):
+            logits = self.model(**self._inputs(grown, pictures), use_cache=False).logits[0, -1]
+            grown.append(int(logits.argmax()))
+        return grown[len(tokens) :]
+
+    def _inputs(self, tokens: list[int], pictures: Sequence[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
+        ids = torch.tensor([tokens])
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if pictures:
+            inputs |= self.processor([Image.fromarray(picture) for picture in pictures], return_tensors="pt")
+            inputs["mm_token_type_ids"] = (ids == self._image_token).int()
+        return inputs
+
+
+def _tokenizer(family: str, vocabulary: Vocabulary) -> transformers.PreTrainedTokenizerFast:
+    added = vocabulary.control | vocabulary.user_defined
+    regular = {
+        token: index for index, token in enumerate(vocabulary.tokens) if index not in added | vocabulary.unused
+    }
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=regular, merges=list(vocabulary.merges)))
+    backend.normalizer = tokenizers.normalizers.NFC()
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
+        [
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
+            tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    for index in sorted(added):
+        token = tokenizers.AddedToken(
+            vocabulary.tokens[index], special=index in vocabulary.control, normalized=False
+        )
+        backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
+    made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
+    made.chat_template = CHAT_TEMPLATES[family]
+    return made
+
+
+def _model(shape: Shape, weights: Weights, vocabulary: Vocabulary) -> Any:
+    text, vision = shape.text, shape.vision
+    rope: dict[str, Any] = {
+        "rope_type": "default",
+        "rope_theta": text.rope_theta,
+        "mrope_section": list(text.mrope_section),
+    }
+    text_config: dict[str, Any] = {
+        "vocab_size": text.vocab_size,
+        "hidden_size": text.hidden_size,
+        "intermediate_size": text.intermediate_size,
+        "num_hidden_layers": text.layers,
+        "num_attention_heads": text.heads,
+        "num_key_value_heads": text.kv_heads,
+        "max_position_embeddings": text.context_length,
+        "rms_norm_eps": text.rms_norm_eps,
+        "rope_parameters": rope,
+        "tie_word_embeddings": text.tied,
+    }
+    vision_config: dict[str, Any] = {
+        "depth": vision.depth,
+        "hidden_size": vision.hidden_size,
+        "num_heads": vision.heads,
+        "intermediate_size": vision.intermediate_size,
+        "patch_size": vision.patch_size,
+        "spatial_merge_size": vision.merge_size,
+        "temporal_patch_size": vision.temporal_patch_size,
+        "out_hidden_size": text.hidden_size,
+    }
+    if shape.family == "qwen3vl":
+        rope["mrope_interleaved"] = True
+        text_config["head_dim"] = text.head_dim
+        vision_config |= {
+            "num_position_embeddings": vision.n_positions,
+            "deepstack_visual_indexes": list(vision.deepstack),
+        }
+        config_class, model_class = transformers.Qwen3VLConfig, transformers.Qwen3VLForConditionalGeneration
+    else:
+        vision_config |= {
+            "fullatt_block_indexes": list(vision.full_attention),
+            "window_size": vision.window_size,
+        }
+        config_class, model_class = transformers.Qwen2_5_VLConfig, transformers.Qwen2_5_VLForConditionalGeneration
+    config = config_class(
+        text_config=text_config,
+        vision_config=vision_config,
+        image_token_id=vocabulary.id_of("<|image_pad|>"),
+        video_token_id=vocabulary.id_of("<|video_pad|>"),
+        vision_start_token_id=vocabulary.id_of("<|vision_start|>"),
+        vision_end_token_id=vocabulary.id_of("<|vision_end|>"),
+        tie_word_embeddings=text.tied,
+    )
+    config._attn_implementation = "eager"
+    model = model_class(config).to(torch.float32).eval()
+    missing, unexpected = model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights}, strict=False)
+    allowed = {"lm_head.weight"} if text.tied else set()
+    if set(missing) - allowed or unexpected:
+        raise RuntimeError(f"the weights do not fit transformers' model: missing {missing}, unexpected {unexpected}")
+    if text.tied:
+        model.tie_weights()
+    return model

@@ -1,0 +1,58 @@
+"""Look at a picture once. Ask, search and reuse what was seen, for ever, on a CPU.
+
+    >>> import lookonce
+    >>> model = lookonce.load("model.gguf", mmproj="mmproj.gguf")  # doctest: +SKIP
+    >>> look = model.look("cat.jpg")                               # doctest: +SKIP
+    >>> model.ask("What colour is the cat?", images=[look]).text   # doctest: +SKIP
+    'The cat is orange.'
+
+The native library is loaded with the first use of a name that needs it, not by this import.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from lookonce import errors
+from lookonce.errors import *  # noqa: F403  the exception tree, whose __all__ is pinned by a test
+from lookonce.version import VERSION as __version__  # noqa: N811
+
+if TYPE_CHECKING:
+    from lookonce.chat import Chat, Reply, ReplyStream
+    from lookonce.embedding import ImageEmbedding
+    from lookonce.model import Model, load
+    from lookonce.sampling import Sampling
+    from lookonce.store import Store
+
+_HOMES = {
+    "Chat": "chat",
+    "ImageEmbedding": "embedding",
+    "Model": "model",
+    "Reply": "chat",
+    "ReplyStream": "chat",
+    "Sampling": "sampling",
+    "Store": "store",
+    "load": "model",
+}
+
+__all__ = [
+    "Chat",
+    "ImageEmbedding",
+    "Model",
+    "Reply",
+    "ReplyStream",
+    "Sampling",
+    "Store",
+    "__version__",
+    "load",
+    *errors.__all__,
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lookonce' has no attribute {name!r}")
+    return getattr(importlib.import_module(f"lookonce.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,88 @@
+"""From what a user names to the two files of a model: the text GGUF and its projector.
+
+A projector is recognised by its metadata and width, never by its file name.
+"""
+
+import logging
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+from typing import Final
+
+from lookonce import gguf_check, gguf_file
+from lookonce.errors import ModelFileError
+from lookonce.gguf_file import GgufFile
+
+logger = logging.getLogger(__name__)
+
+PROJECTOR: Final = "clip"  # general.architecture of every projector file
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """The checked files of one model. `chosen` says whether the caller named the projector or it was found."""
+
+    text: GgufFile
+    projector: GgufFile | None
+    chosen: bool
+
+
+def find_files(model: str | PathLike[str], mmproj: str | PathLike[str] | None = None) -> ModelFiles:
+    """Find and check the files that `model`, a text GGUF or a folder with one, and `mmproj` stand for.
+
+    Without `mmproj` the folder is searched for the one projector whose width fits; None is found where there is none, which
+    is enough to replay saved looks. Raises ModelFileError for a missing, damaged or mismatched file, and where several fit.
+    """
+    path = Path(fspath(model)).expanduser()
+    if path.is_dir():
+        text = _only_text_model(path)
+    elif path.exists():
+        text = gguf_file.read(path)
+        gguf_check.check_text_model(text)
+    else:
+        raise ModelFileError(f"{fspath(model)!r} does not exist: give a text model's .gguf file or a folder that holds one")
+    if mmproj is None:
+        return ModelFiles(text, _fitting_projector(text), chosen=False)
+    projector = gguf_file.read(Path(fspath(mmproj)).expanduser())
+    gguf_check.check_projector(projector)
+    gguf_check.check_pair(text, projector)
+    return ModelFiles(text, projector, chosen=True)
+
+
+def _only_text_model(folder: Path) -> GgufFile:
+    found = [gguf for gguf in _sound_files(folder) if not gguf.architecture == PROJECTOR]
+    if len(found) == 1:
+        gguf_check.check_text_model(found[0])
+        return found[0]
+    if not found:
+        raise ModelFileError(f"{folder} holds no text model: give the folder of a .gguf file, or the file itself")
+    names = ", ".join(sorted(gguf.path.name for gguf in found))
+    raise ModelFileError(f"{folder} holds several text models ({names}): give one of these files")
+
+
+def _fitting_projector(text: GgufFile) -> GgufFile | None:
+    found = [gguf for gguf in _sound_files(text.path.parent) if gguf.architecture == PROJECTOR and _fits(text, gguf)]
+    if len(found) > 1:
+        names = ", ".join(sorted(gguf.path.name for gguf in found))
+        raise ModelFileError(f"{text.path.name} has several projectors beside it ({names}): give one of them as mmproj")
+    return found[0] if found else None
+
+
+def _fits(text: GgufFile, projector: GgufFile) -> bool:
+    try:
+        gguf_check.check_projector(projector)
+        gguf_check.check_pair(text, projector)
+    except ModelFileError:
+        return False
+    return True
+
+
+def _sound_files(folder: Path) -> list[GgufFile]:
+    """The folder's GGUF files that can be read; a damaged one that nobody named is passed over."""
+    found = []
+    for path in sorted(folder.glob("*.gguf")):
+        try:
+            found.append(gguf_file.read(path))
+        except ModelFileError as error:
+            logger.warning("passed over in search of a model's files: %s", error)
+    return found

@@ -1,0 +1,297 @@
+"""Conversations about pictures: turns in, replies out, whole or piece by piece."""
+
+import codecs
+import time
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from os import PathLike
+from types import MappingProxyType, TracebackType
+from typing import Final, Literal, overload
+
+import numpy as np
+from PIL import Image
+from typing_extensions import Self, Unpack
+
+from lookonce.embedding import ImageEmbedding
+from lookonce.engine import Engine
+from lookonce.errors import PromptError
+from lookonce.images import PictureSource
+from lookonce.looker import LookOptions
+from lookonce.prompt import Message, Prompt, name_looks, place_looks
+from lookonce.sampling import Sampling, SamplingOptions
+from lookonce.sequences import Turn, refuse_overflow
+
+FinishReason = Literal["stop", "length", "closed"]
+Images = Sequence[PictureSource | ImageEmbedding]
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a reply took of the context, in cells: text tokens, image rows and generated tokens.
+
+    `reused` of the prompt's were still in the context and were not evaluated again.
+    """
+
+    text_tokens: int
+    image_rows: int
+    generated: int
+    reused: int
+
+
+@dataclass(frozen=True, slots=True)
+class Timings:
+    """Where a reply's time went, in seconds.
+
+    `look_s` finds or encodes the pictures, `prefill_s` evaluates the prompt, `first_token_s` is all from the call to the
+    first token, `generation_s` all after it.
+    """
+
+    look_s: float
+    prefill_s: float
+    first_token_s: float
+    generation_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class ImageUse:
+    """A picture of a reply's prompt, and where its look came from."""
+
+    key: str
+    source: Literal["encoded", "store", "file"]
+    rows: int
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer. `finish_reason` is `stop` where the model or a stop text ended it, `length` where a
+    limit did, `closed` where the stream was not read to its end."""
+
+    text: str
+    finish_reason: FinishReason
+    usage: Usage
+    timings: Timings
+    images: tuple[ImageUse, ...]
+
+    def __str__(self) -> str:
+        return self.text
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One question on its way: when it came, when its pictures had been looked at, and what to do with the answer."""
+
+    started: float
+    looked: float
+    looks: tuple[ImageEmbedding, ...]
+    answered: Callable[[str], None]
+
+
+class ReplyStream(Iterator[str]):
+    """A reply piece by piece. Closing it, or an exception in the loop over it, leaves the model as usable as before."""
+
+    def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling, asked: _Asked) -> None:
+        self._engine = engine
+        self._turn = Turn(prompt)
+        self._sampling = sampling
+        self._asked = asked
+        self._sampler: Final = engine.sampler(sampling, prompt)
+        self._text = _StoppedText(sampling.stop_texts)
+        self._finish: FinishReason = "closed"
+        self._first = self._last = asked.looked
+        self._pieces = self._generate()
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    def _generate(self) -> Generator[str, None, None]:
+        try:
+            for token in self._tokens():
+                if piece := self._text.add(self._engine.text.piece(token)):
+                    yield piece
+                if self._text.stopped:
+                    self._finish = "stop"
+                    break
+            if piece := self._text.rest():
+                yield piece
+        except GeneratorExit:
+            self._asked.answered(self._text.given)
+            raise
+        finally:
+            self._release()
+        self._asked.answered(self._text.given)
+
+    def _tokens(self) -> Iterator[int]:
+        engine, turn = self._engine, self._turn
+        token = engine.first_token(turn, self._sampler)
+        self._first = self._last = time.perf_counter()
+        while not engine.text.ends_generation(token):
+            turn.n_drawn += 1
+            yield token
+            if turn.n_drawn == self._sampling.max_tokens or turn.n_cells + 1 >= engine.n_ctx:
+                self._finish = "length"
+                return
+            token = engine.next_token(turn, self._sampler, token)
+            self._last = time.perf_counter()
+        self._finish = "stop"
+
+    def _release(self) -> None:
+        self._turn.end()
+        self._sampler.close()
+
+    @property
+    def reply(self) -> Reply:
+        """The reply so far; whole once the loop has ended."""
+        prompt = self._turn.prompt
+        return Reply(
+            text=self._text.given,
+            finish_reason=self._finish,
+            usage=Usage(prompt.n_tokens, prompt.n_rows, self._turn.n_drawn, self._turn.reused_cells),
+            timings=Timings(
+                look_s=self._asked.looked - self._asked.started,
+                prefill_s=self._first - self._asked.looked,
+                first_token_s=self._first - self._asked.started,
+                generation_s=self._last - self._first,
+            ),
+            images=tuple(ImageUse(look.key, look.source, look.n_rows) for look in self._asked.looks),
+        )
+
+    def close(self) -> None:
+        """Stop generating; may be called twice."""
+        self._pieces.close()
+        self._release()  # a generator that never started runs no finally
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+class _StoppedText:
+    """Turns the bytes of tokens into text, and holds back what could be the beginning of a stop text."""
+
+    def __init__(self, stops: tuple[str, ...]) -> None:
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stops = stops
+        self._held = ""
+        self.given = ""
+        self.stopped = False
+
+    def add(self, data: bytes) -> str:
+        """Take a token's bytes; give the text that is certain."""
+        self._held += self._decoder.decode(data)
+        if found := [place for stop in self._stops if (place := self._held.find(stop)) >= 0]:
+            self.stopped = True
+            return self._give(min(found), dropped=True)
+        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
+        return self._give(len(self._held) - keep)
+
+    def rest(self) -> str:
+        """Give what was held back; a text cut inside a character ends in a replacement character."""
+        if not self.stopped:
+            self._held += self._decoder.decode(b"", final=True)
+        return self._give(len(self._held))
+
+    def _give(self, length: int, *, dropped: bool = False) -> str:
+        piece, self._held = self._held[:length], "" if dropped else self._held[length:]
+        self.given += piece
+        return piece
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of `text` that begins `stop`."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
+
+
+class Chat:
+    """A conversation about pictures. Its turns share the model's context, so only what is new is evaluated.
+
+    Not safe to use from several threads at once; several chats of one model are.
+    """
+
+    def __init__(
+        self, engine: Engine, *, images: Images = (), system: str | None = None, look: LookOptions | None = None
+    ) -> None:
+        if system is not None and not isinstance(system, str):
+            raise PromptError(f"system is a {type(system).__name__}: give a text")
+        self._engine = engine
+        self._look = look or LookOptions()
+        self._waiting: tuple[PictureSource | ImageEmbedding, ...] = _checked_images(images)
+        self._known: dict[str, ImageEmbedding] = {}
+        self._messages: list[Message] = [] if system is None else [Message("system", (system,))]
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The conversation so far."""
+        return tuple(self._messages)
+
+    @property
+    def images(self) -> Mapping[str, ImageEmbedding]:
+        """The conversation's pictures by alias."""
+        return MappingProxyType(self._known)
+
+    @overload
+    def ask(
+        self, prompt: str, images: Images = (), *, stream: Literal[False] = False, **options: Unpack[SamplingOptions]
+    ) -> Reply: ...
+
+    @overload
+    def ask(
+        self, prompt: str, images: Images = (), *, stream: Literal[True], **options: Unpack[SamplingOptions]
+    ) -> ReplyStream: ...
+
+    def ask(
+        self, prompt: str, images: Images = (), *, stream: bool = False, **options: Unpack[SamplingOptions]
+    ) -> Reply | ReplyStream:
+        """Say something, with pictures or without, and get the model's reply.
+
+        A picture stands where its alias stands in the prompt: its own, or `<image_N>`, N being its number in the
+        conversation. The others come before the text. `options` are those of `Sampling`. With `stream` the reply comes
+        as it is generated; the turn counts once the stream has ended or was closed.
+
+        Raises PromptError for a prompt, alias or option that cannot be used, ContextError where it does not fit,
+        PictureError and ModelFileError for what cannot be looked at; the conversation is then as it was.
+        """
+        started = time.perf_counter()
+        sampling = Sampling(**options)
+        new, message = self._place(prompt, (*self._waiting, *_checked_images(images)))
+        looked = time.perf_counter()
+        messages = [*self._messages, message]
+
+        def answered(text: str) -> None:
+            self._messages = [*messages, Message("assistant", (text,))]
+            self._known |= new
+            self._waiting = ()
+
+        prepared = self._engine.prompt(messages)
+        refuse_overflow(prepared.n_tokens, prepared.n_rows, self._engine.n_ctx)
+        stream_ = ReplyStream(self._engine, prepared, sampling, _Asked(started, looked, tuple(new.values()), answered))
+        if stream:
+            return stream_
+        with stream_:
+            for _ in stream_:
+                pass
+        return stream_.reply
+
+    def _place(
+        self, prompt: str, sources: tuple[PictureSource | ImageEmbedding, ...]
+    ) -> tuple[dict[str, ImageEmbedding], Message]:
+        if not isinstance(prompt, str):
+            raise PromptError(f"the prompt is a {type(prompt).__name__}: give a text")
+        if not sources and not prompt.strip():
+            raise PromptError("the prompt is empty and there is no picture: write a question, or give a picture")
+        parts = [part for message in self._messages for part in message.parts]
+        looks = self._engine.look(
+            sources,
+            self._look,
+            n_tokens=sum(len(self._engine.text.tokenize(part)) for part in (prompt, *parts) if isinstance(part, str)),
+            n_rows=sum(part.n_rows for part in parts if isinstance(part, ImageEmbedding)),
+        )
+        new = name_looks(looks, self._known)
+        return new, Message("user", place_looks(prompt, new, self._known))
+
+
+def _checked_images(images: Images) -> tuple[PictureSource | ImageEmbedding, ...]:
+    if isinstance(images, str | bytes | PathLike | ImageEmbedding | Image.Image | np.ndarray):
+        raise PromptError(f"images is one {type(images).__name__}: give a list of pictures, even for one")
+    return tuple(images)

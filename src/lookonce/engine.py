@@ -1,0 +1,186 @@
+"""One loaded model: its native handles, the one lock around them, and what is made of them.
+
+The lock is held for native work only: a chat template or a picture's decoding runs without it.
+"""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import psutil
+
+from lookonce.cards import ModelFiles
+from lookonce.embedding import ImageEmbedding
+from lookonce.errors import ClosedError, DeviceError, InputError
+from lookonce.images import PictureSource
+from lookonce.looker import Looker, LookOptions, PendingLook, Projector
+from lookonce.native.library import choose_devices
+from lookonce.native.sampler import Sampler
+from lookonce.native.text import Context, ContextOptions, KvType, TextModel
+from lookonce.prompt import ChatTemplate, Message, Prompt, assemble
+from lookonce.sampling import Sampling
+from lookonce.sequences import Sequences, Turn, refuse_overflow
+from lookonce.store import Store
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CONTEXT: Final = 8192
+OVERLAPPING_TURNS: Final = 4  # streams that can be under way without taking each other's sequence
+
+
+@dataclass(frozen=True, slots=True)
+class LoadOptions:
+    """How a model is loaded; `lookonce.load` says what each option means."""
+
+    device: str = "auto"
+    n_gpu_layers: int | None = None
+    n_ctx: int | None = None
+    threads: int | None = None
+    kv_type: KvType = "f16"
+    flash_attention: bool | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.device, str):
+            raise DeviceError(f"device is {self.device!r}: give auto, cpu, cuda, cuda:0 or metal")
+        if self.n_gpu_layers is not None and (not isinstance(self.n_gpu_layers, int) or self.n_gpu_layers < 0):
+            raise InputError(f"n_gpu_layers is {self.n_gpu_layers!r}: give a whole number from 0")
+        if self.flash_attention not in (None, False, True):
+            raise InputError(f"flash_attention is {self.flash_attention!r}: give True, False or None")
+        self.context_options(DEFAULT_CONTEXT)
+
+    def context_options(self, n_ctx: int, *, n_outputs: int = 1) -> ContextOptions:
+        """The options of a context; `n_ctx` is what holds where the caller gave none."""
+        return ContextOptions(
+            n_ctx=n_ctx if self.n_ctx is None else self.n_ctx,
+            threads=physical_cores() if self.threads is None else self.threads,
+            kv_type=self.kv_type,
+            flash_attention=self.flash_attention,
+            n_sequences=OVERLAPPING_TURNS,
+            n_outputs=n_outputs,
+        )
+
+
+def physical_cores() -> int:
+    """The physical cores that this process may use; hyper-threads slow matrix work down."""
+    physical = psutil.cpu_count(logical=False) or psutil.cpu_count() or 1
+    try:
+        allowed = len(psutil.Process().cpu_affinity())
+    except AttributeError:  # macOS has no affinity
+        allowed = physical
+    return max(1, min(physical, allowed))
+
+
+class Engine:
+    """Owns a text model, its context and its looker. Safe to use from several threads; `close` frees everything."""
+
+    def __init__(self, files: ModelFiles, options: LoadOptions, store: Store | None, *, owns_store: bool) -> None:
+        self._owned_store = store if owns_store else None
+        self.lock: Final = threading.Lock()
+        self._context: Context | None = None
+        self._sequences: Sequences | None = None
+        self._template: ChatTemplate | None = None
+        self._closed = False
+        devices = choose_devices(options.device)
+        started = time.perf_counter()
+        self.name = files.text.name
+        self.text: Final = TextModel(files.text.path, devices=devices, gpu_layers=options.n_gpu_layers)
+        logger.info("loaded %s in %.2f s", files.text.path, time.perf_counter() - started)
+        self.options: Final = options.context_options(min(DEFAULT_CONTEXT, self.text.context_length))
+        self.looker: Final = Looker(
+            self.text,
+            files.text,
+            Projector(files.projector, store) if files.projector else None,
+            projector_chosen=files.chosen,
+            store=store,
+            lock=self.lock,
+            threads=self.options.threads,
+            devices=() if options.n_gpu_layers == 0 else devices,
+        )
+
+    def look(
+        self,
+        sources: Sequence[PictureSource | ImageEmbedding],
+        options: LookOptions,
+        *,
+        n_tokens: int = 0,
+        n_rows: int = 0,
+    ) -> list[ImageEmbedding]:
+        """Look at pictures for a prompt that has at least `n_tokens` and `n_rows` beside them.
+
+        Each is opened, checked and counted before the tower runs for the first. Raises ContextError where they cannot fit.
+        """
+        self._check_open()
+        prepared = [self.looker.prepare(source, options) for source in sources]
+        refuse_overflow(n_tokens, n_rows + sum(one.n_rows for one in prepared), self.n_ctx)
+        return [self.looker.finish(one) if isinstance(one, PendingLook) else one for one in prepared]
+
+    def prompt(self, messages: Sequence[Message]) -> Prompt:
+        """Render a conversation through the model's chat template. Raises PromptError where it refuses."""
+        self._check_open()
+        if self._template is None:
+            self._template = ChatTemplate(self.text.chat_template, bos=self.text.bos, eos=self.text.eos)
+        return assemble(
+            self._template.render(messages), self.text.tokenize, bos=self.text.bos_token, batch_size=self.batch_size
+        )
+
+    @property
+    def n_ctx(self) -> int:
+        """Cells of the context."""
+        return self.options.n_ctx
+
+    @property
+    def batch_size(self) -> int:
+        """Tokens or rows of one native call."""
+        return self.options.batch_size
+
+    def sampler(self, sampling: Sampling, prompt: Prompt) -> Sampler:
+        """A sampler for one reply. Raises PromptError for a grammar that cannot be used."""
+        with self.lock:
+            self._check_open()
+            sampler = Sampler(self.text, sampling)
+            for unit in prompt.units():
+                if isinstance(unit, int):
+                    sampler.accept(unit)
+            return sampler
+
+    def first_token(self, turn: Turn, sampler: Sampler) -> int:
+        """Evaluate a turn's prompt and draw what follows."""
+        with self.lock:
+            self._open_sequences().begin(turn)
+            return sampler.sample(self._open_context())
+
+    def next_token(self, turn: Turn, sampler: Sampler, token: int) -> int:
+        """Evaluate the token drawn last and draw what follows."""
+        with self.lock:
+            self._open_sequences().extend(turn, token)
+            return sampler.sample(self._open_context())
+
+    def _open_context(self) -> Context:
+        self._check_open()
+        if self._context is None:
+            self._context = Context(self.text, self.options)
+        return self._context
+
+    def _open_sequences(self) -> Sequences:
+        context = self._open_context()
+        if self._sequences is None:
+            self._sequences = Sequences(context, self.options.n_sequences)
+        return self._sequences
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError(f"the model {self.name!r} is closed: load it again")
+
+    def close(self) -> None:
+        """Free context, tower and text model, in this order; may be called twice."""
+        with self.lock:
+            self._closed = True
+            self.looker.close()
+            if self._context is not None:
+                self._context.close()
+            self.text.close()
+        if self._owned_store is not None:
+            self._owned_store.close()

@@ -1,0 +1,87 @@
+"""Every error that Lookonce raises, and nothing else.
+
+    LookonceError
+    ├── InputError (also ValueError)   what the caller gave cannot be used
+    │   ├── PictureError               a picture cannot be opened, or is beyond the limits
+    │   ├── ModelFileError             a GGUF is missing, damaged, of the wrong kind, or does not fit its partner
+    │   ├── SavedLookError             a saved look is damaged
+    │   ├── MismatchError              a look was made with another projector, width or text model
+    │   ├── PromptError                an alias, a message, a grammar or a sampling option cannot be used
+    │   ├── ContextError               the prompt does not fit the context
+    │   └── DeviceError                the native build lacks the device that was asked for
+    ├── NativeError                    llama.cpp failed at something that should have worked; carries its log lines
+    ├── StoreError                     the store's folder cannot be used at all
+    └── ClosedError                    a model, store or chat was used after close()
+
+Messages are one sentence: the value, what was expected, what to do.
+"""
+
+__all__ = [
+    "ClosedError",
+    "ContextError",
+    "DeviceError",
+    "InputError",
+    "LookonceError",
+    "MismatchError",
+    "ModelFileError",
+    "NativeError",
+    "PictureError",
+    "PromptError",
+    "SavedLookError",
+    "StoreError",
+]
+
+
+class LookonceError(Exception):
+    """Root of every error that the library raises on purpose."""
+
+
+class InputError(LookonceError, ValueError):
+    """What the caller gave cannot be used; the command line ends with status 2."""
+
+
+class PictureError(InputError):
+    """A picture cannot be opened, or is beyond the limits."""
+
+
+class ModelFileError(InputError):
+    """A GGUF file is missing, damaged, of the wrong kind, or does not fit its partner."""
+
+
+class SavedLookError(InputError):
+    """A saved look is damaged or is not one."""
+
+
+class MismatchError(InputError):
+    """A look was made with another projector, width or text model than the one it is given to."""
+
+
+class PromptError(InputError):
+    """An alias, a message, a grammar or a sampling option cannot be used."""
+
+
+class ContextError(InputError):
+    """The prompt does not fit the context."""
+
+
+class DeviceError(InputError):
+    """The native build lacks the device that was asked for."""
+
+
+class NativeError(LookonceError):
+    """llama.cpp failed at something that should have worked.
+
+    `log` holds the native library's own lines from the failing call, oldest first.
+    """
+
+    def __init__(self, message: str, log: tuple[str, ...] = ()) -> None:
+        super().__init__(message + (": " + " | ".join(log) if log else ""))
+        self.log = log
+
+
+class StoreError(LookonceError):
+    """The store's folder cannot be used at all: it cannot be made, read or locked."""
+
+
+class ClosedError(LookonceError):
+    """A model, store or chat was used after `close()`."""

@@ -1,0 +1,309 @@
+"""From a picture to its look: the store first, the vision tower only where the store has nothing.
+
+Owns the projector's fingerprint and the lazily loaded tower. Knows nothing of prompts.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+import time
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import PIL
+from numpy.typing import NDArray
+
+from lookonce import gguf_check, gguf_file, images
+from lookonce.embedding import FORMAT_VERSION, ImageEmbedding, RowSegment, to_stored_type
+from lookonce.errors import InputError, MismatchError, ModelFileError, NativeError, SavedLookError
+from lookonce.gguf_file import GgufFile
+from lookonce.images import Picture, PictureSource, PixelRule
+from lookonce.native.library import Device, versions
+from lookonce.native.text import TextModel
+from lookonce.native.vision import VisionTower
+from lookonce.store import Store
+from lookonce.version import VERSION
+
+logger = logging.getLogger(__name__)
+
+RowType = Literal["f16", "f32"]
+LOOK: Final = "look"  # the kind of store entry
+SAVED_SUFFIXES: Final = frozenset({".safetensors", ".pt"})
+
+_RULES: Final = {"qwen3vl": images.QWEN3_VL, "qwen2.5vl": images.QWEN2_VL, "qwen2vl": images.QWEN2_VL}
+
+
+@dataclass(frozen=True, slots=True)
+class LookOptions:
+    """How a picture is looked at. `min_pixels` and `max_pixels` replace the family's limits; `dtype` is the stored type."""
+
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    dtype: RowType = "f16"
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ("f16", "f32"):
+            raise InputError(f"dtype is {self.dtype!r}: choose f16 or f32")
+
+
+@dataclass(frozen=True, slots=True)
+class PendingLook:
+    """A picture that the store does not hold: its size is known, the tower has not run yet."""
+
+    picture: Picture
+    key: str
+    note: str | None
+    n_rows: int
+    dtype: RowType
+
+
+class Projector:
+    """One projector file: its header, its content's fingerprint, and how its family sizes pictures."""
+
+    def __init__(self, gguf: GgufFile, store: Store | None) -> None:
+        self.gguf = gguf
+        self.path = gguf.path
+        self._store = store
+        self._fingerprint: str | None = None
+
+    @property
+    def rule(self) -> PixelRule | None:
+        """How the family's reference sizes pictures; None where only libmtmd knows."""
+        rule = _RULES.get(gguf_check.family(self.gguf))
+        if rule is None:
+            return None
+        patch, merge = (self.gguf.metadata.get(f"clip.vision.{key}") for key in ("patch_size", "spatial_merge_size"))
+        factor = patch * merge if isinstance(patch, int) and isinstance(merge, int) else rule.factor
+        return replace(rule, factor=factor)
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of the file's content, remembered in the store for as long as the file is unchanged."""
+        if self._fingerprint is None:
+            note = _file_identity(self.path)
+            known = self._store.recall("fingerprint", note) if self._store else None
+            self._fingerprint = known or gguf_file.fingerprint(self.path)
+            settled = time.time() - self.path.stat().st_mtime > _SETTLED_S
+            if self._store and known is None and settled and note == _file_identity(self.path):
+                self._store.remember("fingerprint", note, self._fingerprint)
+        return self._fingerprint
+
+
+_SETTLED_S: Final = 2.0  # a file changed this lately could change again within the clock's resolution
+
+
+class Looker:
+    """Looks at pictures for one text model.
+
+    `lock` is the model's, held while the tower works. Without `projector` only saved looks can be used.
+    """
+
+    def __init__(
+        self,
+        text: TextModel,
+        text_gguf: GgufFile,
+        projector: Projector | None,
+        *,
+        projector_chosen: bool,
+        store: Store | None,
+        lock: threading.Lock,
+        threads: int,
+        devices: tuple[Device, ...],
+    ) -> None:
+        self._text = text
+        self._model_name = text_gguf.name
+        self._projector = projector
+        self._projector_chosen = projector_chosen
+        self._store = store
+        self._lock = lock
+        self._threads = threads
+        self._devices = devices
+        self._tower: VisionTower | None = None
+
+    @property
+    def tower_loaded(self) -> bool:
+        """Whether the vision tower takes memory."""
+        return self._tower is not None
+
+    def prepare(self, source: PictureSource | ImageEmbedding, options: LookOptions) -> ImageEmbedding | PendingLook:
+        """The look of `source` where it is saved or in the store, else the picture made ready for the tower.
+
+        Raises InputError's kinds for what cannot be looked at.
+        """
+        if isinstance(source, ImageEmbedding):
+            return self.checked(source)
+        if isinstance(source, str | PathLike) and Path(source).suffix.lower() in SAVED_SUFFIXES:
+            return self.checked(ImageEmbedding.load(source))
+        projector = self._require_projector()
+        rule = projector.rule
+        if rule is not None:
+            rule = rule.limited(options.min_pixels, options.max_pixels)
+        elif (options.min_pixels, options.max_pixels) != (None, None):
+            raise InputError(
+                f"{projector.path.name} sizes pictures itself: min_pixels and max_pixels are for the Qwen-VL families"
+            )
+        read = images.read_source(source)
+        digest = images.source_digest(read, rule)
+        note = None if digest is None else _digest(digest, options.dtype, *self._surroundings(projector))
+        if note and (found := self._recall(note)):
+            return found
+        picture = images.open_picture(read, _name(source))
+        if rule is not None:
+            picture = images.fit(picture, rule)
+        key = self._key(picture, options.dtype, projector)
+        if found := self._stored(key):
+            self._remember(note, key)
+            return found
+        width, height = picture.size
+        n_rows = 0 if rule is None else (height // rule.factor) * (width // rule.factor)
+        return PendingLook(picture, key, note, n_rows, options.dtype)
+
+    def finish(self, pending: PendingLook) -> ImageEmbedding:
+        """Run the tower on a prepared picture and keep what it gives. Raises NativeError where it fails."""
+        projector = self._require_projector()
+        picture = pending.picture
+        with self._lock:
+            tower = self._open_tower(projector)
+            encoded = tower.encode(picture.pixels)
+        if pending.n_rows not in (0, len(encoded.rows)):
+            raise NativeError(
+                f"the tower gave {len(encoded.rows)} rows for a picture of {picture.size}, expected {pending.n_rows}: "
+                "it resized the picture itself, which this version of llama-cpp-python should not do"
+            )
+        look = ImageEmbedding(
+            rows=to_stored_type(encoded.rows, pending.dtype),
+            positions=encoded.positions,
+            segments=encoded.segments,
+            key=pending.key,
+            projector=projector.fingerprint,
+            projector_name=projector.path.name,
+            model_name=self._model_name,
+            grid=_grid(encoded.positions, encoded.segments, mrope=tower.mrope),
+            mrope=tower.mrope,
+            picture_size=picture.original_size,
+            encoded_size=picture.size,
+            preprocessing=picture.preprocessing,
+            libraries=_libraries(),
+        )
+        if self._store and self._store.put(pending.key, LOOK, look.to_bytes(), label=projector.path.name):
+            self._remember(pending.note, pending.key)
+        return look
+
+    def checked(self, look: ImageEmbedding) -> ImageEmbedding:
+        """The look itself, if this model can use it. Raises MismatchError with both names where not."""
+        if look.width != self._text.input_width:
+            raise MismatchError(
+                f"the look was made for {look.model_name!r} with rows of {look.width}, but {self._model_name!r} takes "
+                f"{self._text.input_width}: look at the picture with this model"
+            )
+        if _plain(look.model_name) != _plain(self._model_name) or look.mrope != self._text.mrope:
+            raise MismatchError(
+                f"the look was made for the text model {look.model_name!r}, but this is {self._model_name!r}: look at the "
+                "picture with this model"
+            )
+        if self._projector_chosen and self._projector and look.projector != self._projector.fingerprint:
+            raise MismatchError(
+                f"the look was made with the projector {look.projector_name} ({look.projector[:12]}), but the model was "
+                f"given {self._projector.path.name} ({self._projector.fingerprint[:12]}): give the same file, or none"
+            )
+        return look
+
+    def close(self) -> None:
+        """Free the tower; may be called twice. The caller holds the lock."""
+        if self._tower is not None:
+            self._tower.close()
+            self._tower = None
+
+    def _require_projector(self) -> Projector:
+        if self._projector is None:
+            raise ModelFileError(
+                f"no projector file fits {self._text.path.name} in its folder, and looking at a picture needs one: give "
+                "mmproj= or --mmproj, or use a saved look"
+            )
+        return self._projector
+
+    def _open_tower(self, projector: Projector) -> VisionTower:
+        if self._tower is None:
+            started = time.perf_counter()
+            self._tower = VisionTower(
+                projector.path,
+                self._text,
+                threads=self._threads,
+                devices=self._devices,
+                exact_size=projector.rule is not None,
+            )
+            logger.info("loaded the vision tower %s in %.2f s", projector.path, time.perf_counter() - started)
+        return self._tower
+
+    def _surroundings(self, projector: Projector) -> tuple[str, ...]:
+        """What decides the rows beside the pixels."""
+        return (projector.fingerprint, self._model_name, json.dumps(versions(), sort_keys=True), str(FORMAT_VERSION))
+
+    def _key(self, picture: Picture, dtype: RowType, projector: Projector) -> str:
+        return _digest(
+            "look", picture.content_hash(), picture.preprocessing, dtype, *self._surroundings(projector)
+        )
+
+    def _stored(self, key: str) -> ImageEmbedding | None:
+        payload = self._store.get(key, LOOK) if self._store else None
+        if payload is None:
+            return None
+        try:
+            look = ImageEmbedding.from_bytes(payload, name=f"store entry {key[:12]}", source="store")
+            if look.key != key:
+                raise SavedLookError(f"store entry {key[:12]} holds the look {look.key[:12]}")
+            return self.checked(look)
+        except InputError as error:
+            logger.warning("%s: looking at the picture again", error)
+            return None
+
+    def _recall(self, note: str) -> ImageEmbedding | None:
+        # A note is a shortcut, so a damaged one must not lead to another picture's look: it is sealed.
+        sealed = self._store.recall("picture", note) if self._store else None
+        key, _, seal = (sealed or "").partition(":")
+        return self._stored(key) if seal and seal == _digest(note, key) else None
+
+    def _remember(self, note: str | None, key: str) -> None:
+        if self._store and note:
+            self._store.remember("picture", note, f"{key}:{_digest(note, key)}")
+
+
+def _grid(
+    positions: NDArray[np.int32], segments: tuple[object, ...], *, mrope: bool
+) -> tuple[int, int]:
+    """(rows, columns) of merged tokens; one row where the architecture has no grid, or several slices."""
+    slices = sum(isinstance(segment, RowSegment) for segment in segments)
+    if not mrope or slices != 1:
+        return (1, len(positions))
+    _, rows, columns = positions.max(axis=0) + 1
+    return (int(rows), int(columns))
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _file_identity(path: Path) -> str:
+    status = path.stat()
+    return _digest(
+        "file",
+        *(str(one) for one in (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)),
+    )
+
+
+def _plain(name: str) -> str:
+    """A model's name as its makers agree on it: `Qwen3-VL 2B Instruct` and `qwen3vl-2b-instruct` are one."""
+    return "".join(character for character in name.lower() if character.isalnum())
+
+
+def _libraries() -> dict[str, str]:
+    return {"lookonce": VERSION, "pillow": PIL.__version__, **versions()}
+
+
+def _name(source: PictureSource) -> str | None:
+    return str(source) if isinstance(source, str | PathLike) else None
+

@@ -1,0 +1,181 @@
+"""Loading a model, and the one object that answers for it."""
+
+from os import PathLike
+from types import TracebackType
+from typing import Literal, overload
+
+from typing_extensions import Self, Unpack
+
+from lookonce.cards import find_files
+from lookonce.chat import Chat, Images, Reply, ReplyStream
+from lookonce.embedding import ImageEmbedding
+from lookonce.engine import Engine, LoadOptions
+from lookonce.images import PictureSource
+from lookonce.looker import LookOptions, RowType
+from lookonce.native.text import KvType
+from lookonce.sampling import SamplingOptions
+from lookonce.store import Store
+
+
+class Model:
+    """A loaded vision-language model. Make it with `lookonce.load`.
+
+    Safe to use from several threads: they take turns at native work. Close it, or use it in a `with` block, to give its
+    memory back.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+
+    @property
+    def name(self) -> str:
+        """The text model's own name."""
+        return self._engine.name
+
+    @property
+    def n_ctx(self) -> int:
+        """Tokens and image rows that the context holds."""
+        return self._engine.n_ctx
+
+    @property
+    def tower_loaded(self) -> bool:
+        """Whether the vision tower has been loaded; it is, on the first picture that the store does not hold."""
+        return self._engine.looker.tower_loaded
+
+    def look(
+        self,
+        picture: PictureSource | ImageEmbedding,
+        *,
+        alias: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        dtype: RowType = "f16",
+    ) -> ImageEmbedding:
+        """Look at a picture: from the store where it was seen before, else through the vision tower.
+
+        picture: a path, a file's bytes, a PIL image, a uint8 array (H, W, 3), a saved look's path, or a look.
+        alias: the text that stands for the picture in prompts, e.g. `<cat>`.
+        min_pixels, max_pixels: replace the model family's own limits; the picture is resized to lie between them.
+        dtype: the type in which rows are kept, `f16` or `f32`.
+
+        Raises PictureError, ModelFileError without a projector, MismatchError for a look of another model, ContextError for
+        a picture that could not be asked about.
+        """
+        look = self._engine.look([picture], LookOptions(min_pixels, max_pixels, dtype))[0]
+        return look if alias is None else look.with_alias(alias)
+
+    @overload
+    def ask(
+        self,
+        prompt: str,
+        images: Images = (),
+        *,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Reply: ...
+
+    @overload
+    def ask(
+        self,
+        prompt: str,
+        images: Images = (),
+        *,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        stream: Literal[True],
+        **options: Unpack[SamplingOptions],
+    ) -> ReplyStream: ...
+
+    def ask(
+        self,
+        prompt: str,
+        images: Images = (),
+        *,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        stream: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Reply | ReplyStream:
+        """Ask one question about pictures, or about none: a conversation of one turn.
+
+        images: as `look` takes them. A picture stands where its alias stands in the prompt: its own, or `<image_1>`,
+            `<image_2>` by its place in the list. The others come before the text, in order.
+        system: what the model is told beforehand.
+        stream: give the reply piece by piece, as it is generated.
+        options: those of `lookonce.Sampling`: max_tokens, temperature, top_p, top_k, min_p, repeat_penalty, seed, stop,
+            json_schema, grammar.
+
+        Raises what `Chat.ask` raises.
+        """
+        chat = self.chat(images, system=system, min_pixels=min_pixels, max_pixels=max_pixels)
+        return chat.ask(prompt, stream=True, **options) if stream else chat.ask(prompt, **options)
+
+    def chat(
+        self,
+        images: Images = (),
+        *,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+    ) -> Chat:
+        """Begin a conversation; `images` belong to its first turn, and later turns may bring more."""
+        return Chat(self._engine, images=images, system=system, look=LookOptions(min_pixels, max_pixels))
+
+    def close(self) -> None:
+        """Free everything the model holds; may be called twice."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<lookonce.Model {self.name!r}, context of {self.n_ctx}>"
+
+
+def load(
+    model: str | PathLike[str],
+    *,
+    mmproj: str | PathLike[str] | None = None,
+    device: str = "auto",
+    n_gpu_layers: int | None = None,
+    n_ctx: int | None = None,
+    threads: int | None = None,
+    kv_type: KvType = "f16",
+    flash_attention: bool | None = None,
+    store: Store | str | PathLike[str] | bool = True,
+) -> Model:
+    """Load a text model, and find its projector; the projector itself is loaded when a picture first needs it.
+
+    model: a text model's .gguf file, or a folder that holds one.
+    mmproj: its projector file. Without it the folder is searched for the one whose metadata fit.
+    device: `auto`, `cpu`, `cuda`, `cuda:0`, `metal`. `auto` takes the GPUs that the native build can use.
+    n_gpu_layers: how many layers go to the GPU; None is all. 0 keeps the vision tower on the CPU too.
+    n_ctx: tokens and image rows that the context holds; None is 8,192, or what the model was trained for if less.
+    threads: None is the number of physical cores.
+    kv_type: how keys and values are kept: `f16`, `f32` or `q8_0`.
+    flash_attention: None lets llama.cpp choose.
+    store: where looks are kept: True is the user's own store, False none, or a folder, or a `Store`, which stays the
+        caller's to close.
+
+    Raises ModelFileError for a missing, damaged or mismatched file, DeviceError for a device that the build lacks,
+    InputError for another option, NativeError where llama.cpp refuses the model.
+    """
+    options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention)
+    files = find_files(model, mmproj)
+    if isinstance(store, Store):
+        return Model(Engine(files, options, store, owns_store=False))
+    own = None if store is False else Store() if store is True else Store(store)
+    try:
+        return Model(Engine(files, options, own, owns_store=True))
+    except BaseException:
+        if own is not None:
+            own.close()
+        raise

@@ -1,0 +1,156 @@
+"""Choosing the next token: libllama's sampler chain, and its grammar beside it."""
+
+import ctypes
+import os
+import struct
+from types import TracebackType
+from typing import Final
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from llama_cpp.llama_grammar import json_schema_to_gbnf
+from typing_extensions import Self
+
+from lookonce.errors import NativeError, PromptError
+from lookonce.native.library import Handle, listen
+from lookonce.native.text import Context, TextModel
+from lookonce.sampling import Sampling
+
+_PENALTY_WINDOW: Final = 64  # tokens, llama.cpp's default
+_CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
+# The native grammar parser recurses: what is deeper or longer could overflow its stack.
+_LONGEST_GRAMMAR: Final = 256 * 1024
+_DEEPEST_GRAMMAR: Final = 128
+
+
+class Sampler:
+    """Draws tokens by one `Sampling`; it remembers what it drew, so each reply needs its own.
+
+    Raises PromptError for a JSON schema or grammar that cannot be used.
+    """
+
+    def __init__(self, model: TextModel, sampling: Sampling) -> None:
+        self._model = model
+        self._grammar: Handle | None = None
+        grammar = sampling.grammar
+        if (schema := sampling.schema_text) is not None:
+            grammar = _grammar_of_schema(schema)
+        if grammar is not None:
+            self._grammar = self._make_grammar(grammar)
+        chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
+        self._chain = Handle(self, chain, llama.llama_sampler_free, "the sampler")
+        for part in self._parts(sampling):
+            llama.llama_sampler_chain_add(chain, part)
+
+    def _parts(self, sampling: Sampling) -> list[int]:
+        parts = []
+        if sampling.repeat_penalty != 1.0:
+            parts.append(
+                llama.llama_sampler_init_penalties(
+                    self._model.vocabulary_size, _PENALTY_WINDOW, sampling.repeat_penalty, 0.0, 0.0
+                )
+            )
+        if sampling.temperature == 0:
+            return [*parts, llama.llama_sampler_init_greedy()]
+        seed = struct.unpack("I", os.urandom(4))[0] if sampling.seed is None else sampling.seed
+        return [
+            *parts,
+            llama.llama_sampler_init_top_k(sampling.top_k),
+            llama.llama_sampler_init_top_p(sampling.top_p, 1),
+            llama.llama_sampler_init_min_p(sampling.min_p, 1),
+            llama.llama_sampler_init_temp(sampling.temperature),
+            llama.llama_sampler_init_dist(seed),
+        ]
+
+    def _make_grammar(self, grammar: str) -> Handle:
+        _check_grammar(grammar)
+        with listen() as log:
+            handle = llama.llama_sampler_init_grammar(self._model.vocab, grammar.encode(), b"root")
+        if not handle:
+            reason = " | ".join(log.tail()) or "the parser gave no reason"
+            raise PromptError(f"the grammar cannot be used ({reason}): give GBNF with a rule named root")
+        return Handle(self, handle, llama.llama_sampler_free, "the grammar")
+
+    def accept(self, token: int) -> None:
+        """Count a token of the prompt for the repeat penalty."""
+        llama.llama_sampler_accept(self._chain.pointer, token)
+
+    def sample(self, context: Context) -> int:
+        """Draw the token that follows the last evaluated one, and remember it."""
+        chain, grammar = self._chain.pointer, self._grammar
+        if grammar is None:
+            return int(llama.llama_sampler_sample(chain, context.handle, -1))
+        # As llama.cpp's own tools do: the grammar is slow over a whole vocabulary, and what the chain would take
+        # anyway is allowed more often than not.
+        token = self._draw(context, None)
+        if not _allows(grammar, token):
+            token = self._draw(context, grammar)
+        if not self._model.ends_generation(token):
+            llama.llama_sampler_accept(grammar.pointer, token)
+        llama.llama_sampler_accept(chain, token)
+        return token
+
+    def _draw(self, context: Context, grammar: Handle | None) -> int:
+        logits = context.logits()
+        candidates = np.zeros(len(logits), dtype=_CANDIDATE)
+        candidates["id"] = np.arange(len(logits), dtype=np.int32)
+        candidates["logit"] = logits
+        array = _array(candidates)
+        if grammar is not None:
+            llama.llama_sampler_apply(grammar.pointer, ctypes.byref(array))
+            if not np.isfinite(candidates["logit"]).any():
+                raise PromptError("the grammar allows no token here that the model knows: widen the grammar")
+        llama.llama_sampler_apply(self._chain.pointer, ctypes.byref(array))
+        if not 0 <= array.selected < array.size:
+            raise NativeError("the sampler chose no token")
+        return int(array.data[array.selected].id)
+
+    def close(self) -> None:
+        """Free the samplers; may be called twice."""
+        self._chain.close()
+        if self._grammar is not None:
+            self._grammar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def _allows(grammar: Handle, token: int) -> bool:
+    one = np.array([(token, 1.0, 0.0)], dtype=_CANDIDATE)
+    llama.llama_sampler_apply(grammar.pointer, ctypes.byref(_array(one)))
+    return bool(np.isfinite(one["logit"][0]))
+
+
+def _array(candidates: np.ndarray) -> llama.llama_token_data_array:  # type: ignore[type-arg]
+    return llama.llama_token_data_array(
+        data=candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data)),
+        size=len(candidates),
+        selected=-1,
+        sorted=False,
+    )
+
+
+def _grammar_of_schema(schema: str) -> str:
+    try:
+        return str(json_schema_to_gbnf(schema))
+    except Exception as error:  # noqa: BLE001  the converter raises whatever an unexpected schema runs into
+        reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
+        raise PromptError(f"json_schema cannot be turned into a grammar ({reason}): simplify it") from error
+
+
+def _check_grammar(grammar: str) -> None:
+    if not grammar.strip():
+        raise PromptError("the grammar is empty: give GBNF with a rule named root")
+    if len(grammar) > _LONGEST_GRAMMAR:
+        raise PromptError(f"the grammar has {len(grammar)} characters: give at most {_LONGEST_GRAMMAR}")
+    if "\0" in grammar:
+        raise PromptError("the grammar holds a zero character: remove it")
+    depth = deepest = 0
+    for character in grammar:
+        depth += (character == "(") - (character == ")")
+        deepest = max(deepest, depth)
+    if deepest > _DEEPEST_GRAMMAR:
+        raise PromptError(f"the grammar nests {deepest} brackets deep: give at most {_DEEPEST_GRAMMAR}")

@@ -1,0 +1,340 @@
+"""The text model and its context: tokens and rows in, logits out.
+
+`TextModel` owns the weights, `Context` the KV cache made for them. A context must be closed before its model;
+neither is safe to use from two threads at once (`lookonce.model` holds the lock).
+"""
+
+import ctypes
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from types import TracebackType
+from typing import Final, Literal
+
+import llama_cpp.llama_cpp as llama
+import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
+from lookonce.errors import ContextError, InputError, NativeError
+from lookonce.native.capture import Capture
+from lookonce.native.library import Device, Handle, listen
+
+KvType = Literal["f16", "f32", "q8_0"]
+KV_TYPES: Final[dict[KvType, int]] = {
+    "f32": llama.GGML_TYPE_F32,
+    "f16": llama.GGML_TYPE_F16,
+    "q8_0": llama.GGML_TYPE_Q8_0,
+}
+BATCH_TOKENS: Final = 512  # tokens or rows in one native call; also how long Ctrl-C may have to wait
+
+_FLASH_ATTENTION: Final = {
+    None: llama.LLAMA_FLASH_ATTN_TYPE_AUTO,
+    False: llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
+    True: llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
+}
+
+
+class TextModel:
+    """The weights and vocabulary of one text GGUF, which `lookonce.gguf_check` has found sound.
+
+    `gpu_layers` bounds how many layers go to `devices` (None: all of them). Raises NativeError with the
+    native library's reason when it refuses the file.
+    """
+
+    def __init__(self, path: Path, *, devices: Sequence[Device] = (), gpu_layers: int | None = None) -> None:
+        params = llama.llama_model_default_params()
+        handles = (ctypes.c_void_p * (len(devices) + 1))(*(device.handle for device in devices), None)
+        params.devices = ctypes.cast(handles, ctypes.c_void_p)
+        params.n_gpu_layers = 0 if not devices else -1 if gpu_layers is None else gpu_layers
+        with listen() as log:
+            handle = llama.llama_model_load_from_file(str(path).encode(), params)
+        if not handle:
+            raise NativeError(f"{path} could not be loaded as a text model", log.tail())
+        self._native = Handle(self, handle, llama.llama_model_free, f"the text model {path.name}")
+        self._vocab = llama.llama_model_get_vocab(handle)
+        self.path = path
+
+    @property
+    def handle(self) -> llama.llama_model_p:
+        """The native handle, for this package only; raises ClosedError after `close`."""
+        return self._native.pointer
+
+    @property
+    def vocab(self) -> llama.llama_vocab_p:
+        """The native vocabulary, for this package only; raises ClosedError after `close`."""
+        _ = self.handle
+        return self._vocab
+
+    @cached_property
+    def input_width(self) -> int:
+        """Width of one row: n_embd, times one more for each DeepStack layer."""
+        return int(llama.llama_model_n_embd_inp(self.handle))
+
+    @cached_property
+    def context_length(self) -> int:
+        """The longest context the model was trained for."""
+        return int(llama.llama_model_n_ctx_train(self.handle))
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """Number of tokens, which is the width of the logits."""
+        return int(llama.llama_vocab_n_tokens(self.vocab))
+
+    @cached_property
+    def mrope(self) -> bool:
+        """Whether a row's position is (t, y, x), not one number."""
+        return int(llama.llama_model_rope_type(self.handle)) in (
+            llama.LLAMA_ROPE_TYPE_MROPE,
+            llama.LLAMA_ROPE_TYPE_IMROPE,
+        )
+
+    @cached_property
+    def chat_template(self) -> str | None:
+        """The Jinja source in the file's metadata."""
+        template = llama.llama_model_chat_template(self.handle, None)
+        return None if template is None else template.decode("utf-8", errors="replace")
+
+    @cached_property
+    def bos(self) -> str:
+        """Text of the beginning-of-sequence token; empty where the vocabulary has none."""
+        return self._special(llama.llama_vocab_bos(self.vocab))
+
+    @cached_property
+    def eos(self) -> str:
+        """Text of the end-of-sequence token; empty where the vocabulary has none."""
+        return self._special(llama.llama_vocab_eos(self.vocab))
+
+    @cached_property
+    def bos_token(self) -> int | None:
+        """The token that the model wants before every prompt, if it wants one."""
+        return int(llama.llama_vocab_bos(self.vocab)) if llama.llama_vocab_get_add_bos(self.vocab) else None
+
+    def _special(self, token: int) -> str:
+        return "" if token < 0 else self.piece(token, special=True).decode("utf-8", errors="replace")
+
+    def tokenize(self, text: str) -> list[int]:
+        """Token ids of `text`, special tokens written in it included and none added, as transformers splits a prompt."""
+        data = text.encode("utf-8", errors="replace")
+        room = len(data) + 1
+        tokens = (llama.llama_token * room)()
+        count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, False, True)
+        if count < 0:
+            raise NativeError(f"a text of {len(data)} bytes could not be split into tokens")
+        return list(tokens[:count])
+
+    def piece(self, token: int, *, special: bool = False) -> bytes:
+        """The bytes that a token stands for; control tokens are empty unless `special`."""
+        room = 64
+        while True:
+            buffer = ctypes.create_string_buffer(room)
+            length = llama.llama_token_to_piece(self.vocab, token, buffer, room, 0, special)
+            if length >= 0:
+                return buffer.raw[:length]
+            room = -length
+
+    def ends_generation(self, token: int) -> bool:
+        """Whether the model says with this token that it has finished."""
+        return bool(llama.llama_vocab_is_eog(self.vocab, token))
+
+    def close(self) -> None:
+        """Free the weights; may be called twice."""
+        self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class ContextOptions:
+    """How a context is made. `n_outputs` bounds the logit rows of one call, `flash_attention` None lets llama.cpp choose."""
+
+    n_ctx: int
+    threads: int
+    kv_type: KvType = "f16"
+    flash_attention: bool | None = None
+    n_sequences: int = 1
+    n_outputs: int = 1
+
+    @property
+    def batch_size(self) -> int:
+        """Tokens or rows of one native call."""
+        return min(BATCH_TOKENS, self.n_ctx)
+
+    def __post_init__(self) -> None:
+        for name in ("n_ctx", "threads", "n_sequences", "n_outputs"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise InputError(f"{name} is {value!r}: give a whole number of at least 1")
+        if self.kv_type not in KV_TYPES:
+            raise InputError(f"kv_type is {self.kv_type!r}: choose one of {', '.join(KV_TYPES)}")
+        if self.kv_type == "q8_0" and self.flash_attention is False:
+            raise InputError("kv_type 'q8_0' needs flash attention: leave flash_attention on, or choose f16")
+
+
+class Context:
+    """The KV cache of one text model: `n_sequences` sequences that share `n_ctx` cells.
+
+    Raises NativeError when the memory for it cannot be had.
+    """
+
+    def __init__(self, model: TextModel, options: ContextOptions, capture: Capture | None = None) -> None:
+        if options.n_ctx > model.context_length:
+            raise ContextError(
+                f"n_ctx is {options.n_ctx}, but {model.path.name} was trained for {model.context_length}: "
+                "give at most that"
+            )
+        params = llama.llama_context_default_params()
+        params.n_ctx = options.n_ctx
+        params.n_batch = params.n_ubatch = options.batch_size
+        params.n_seq_max = options.n_sequences
+        # The compute buffer holds that many rows of logits, 0.6 MB each at a vocabulary of 151,936.
+        params.n_outputs_max = max(options.n_outputs, options.n_sequences)
+        params.n_threads = params.n_threads_batch = options.threads
+        params.flash_attn_type = _FLASH_ATTENTION[options.flash_attention]
+        params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.kv_unified = True
+        params.no_perf = True
+        if capture is not None:
+            params.cb_eval = capture.callback
+        self._capture = capture
+        with listen() as log:
+            handle = llama.llama_init_from_model(model.handle, params)
+        if not handle:
+            raise NativeError(
+                f"a context of {options.n_ctx} tokens could not be made for {model.path.name}", log.tail()
+            )
+        self._native = Handle(self, handle, llama.llama_free, f"the context of {model.path.name}")
+        self._memory = llama.llama_get_memory(handle)
+        self._model = model
+        self.n_ctx = options.n_ctx
+        self.batch_size = options.batch_size
+        self._n_outputs = int(params.n_outputs_max)
+        self._one_sequence = (ctypes.c_int32 * self.batch_size)(*([1] * self.batch_size))
+
+    @property
+    def handle(self) -> llama.llama_context_p:
+        """The native handle, for this package only; raises ClosedError after `close`."""
+        return self._native.pointer
+
+    def decode_tokens(
+        self, tokens: Sequence[int], *, position: int, sequence: int = 0, outputs: Literal["last", "all", "none"] = "last"
+    ) -> None:
+        """Evaluate at most `batch_size` tokens whose first stands at `position`.
+
+        `outputs` says for which of them logits are kept. Raises NativeError; the sequence may then hold a part.
+        """
+        count = len(tokens)
+        ids = np.asarray(tokens, dtype=np.int32)
+        if count and not (0 <= int(ids.min()) and int(ids.max()) < self._model.vocabulary_size):
+            raise InputError(
+                f"token ids go from {ids.min()} to {ids.max()}: {self._model.path.name} has {self._model.vocabulary_size}"
+            )
+        positions = np.arange(position, position + count, dtype=np.int32)
+        self._decode(count, positions, sequence, outputs, token=ids)
+
+    def decode_rows(
+        self,
+        rows: NDArray[np.float32],
+        positions: NDArray[np.int32],
+        *,
+        sequence: int = 0,
+        causal: bool = True,
+        outputs: Literal["last", "all", "none"] = "none",
+    ) -> None:
+        """Evaluate at most `batch_size` image rows.
+
+        `rows` is (n, input width), `positions` (n, 3) absolute (t, y, x). Of a model without M-RoPE only t counts.
+        Raises InputError on another shape, NativeError where evaluation fails.
+        """
+        count = len(rows)
+        if rows.shape != (count, self._model.input_width) or positions.shape != (count, 3):
+            raise InputError(
+                f"rows are {rows.shape} with positions {positions.shape}: expected (n, {self._model.input_width}) and (n, 3)"
+            )
+        planes = positions.T
+        if self._model.mrope:  # four planes t, y, x, 0 (llama.cpp issues 28902 and 28963)
+            planes = np.concatenate([planes, np.zeros((1, count), dtype=np.int32)])
+        else:
+            planes = planes[:1]
+        flat = np.ascontiguousarray(planes, dtype=np.int32).reshape(-1)
+        data = np.ascontiguousarray(rows, dtype=np.float32)
+        llama.llama_set_causal_attn(self.handle, causal)
+        try:
+            self._decode(count, flat, sequence, outputs, embd=data)
+        finally:
+            if not causal:
+                llama.llama_set_causal_attn(self.handle, True)
+
+    def _decode(
+        self,
+        count: int,
+        positions: NDArray[np.int32],
+        sequence: int,
+        outputs: Literal["last", "all", "none"],
+        *,
+        token: NDArray[np.int32] | None = None,
+        embd: NDArray[np.float32] | None = None,
+    ) -> None:
+        if not 1 <= count <= self.batch_size:
+            raise InputError(f"a batch of {count} was given: give 1 to {self.batch_size} at a time")
+        if outputs == "all" and count > self._n_outputs:
+            raise InputError(f"logits of {count} tokens were asked for: this context keeps {self._n_outputs} at a time")
+        flags = np.full(count, outputs == "all", dtype=np.int8)
+        flags[-1] = outputs != "none"
+        identity = ctypes.c_int32(sequence)
+        sequences = (ctypes.POINTER(ctypes.c_int32) * count)(*([ctypes.pointer(identity)] * count))
+        batch = llama.llama_batch(
+            n_tokens=count,
+            token=None if token is None else token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            embd=None if embd is None else embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
+            pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            n_seq_id=self._one_sequence,
+            seq_id=sequences,
+            logits=flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
+        )
+        with listen() as log:
+            status = llama.llama_decode(self.handle, batch)
+        if self._capture is not None:
+            self._capture.raise_pending()
+        if status == 1:
+            raise ContextError(
+                f"{count} more tokens do not fit the context of {self.n_ctx}: load the model with a larger n_ctx"
+            )
+        if status:
+            raise NativeError(f"evaluating {count} tokens failed with status {status}", log.tail())
+
+    def logits(self, index: int = -1) -> NDArray[np.float32]:
+        """Copy one row of logits, (vocabulary,), of the last evaluated batch; -1 is the last kept row."""
+        row = llama.llama_get_logits_ith(self.handle, index)
+        if not row:
+            raise NativeError(f"no logits were kept at index {index}")
+        return np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,)).copy()
+
+    def forget(self, sequence: int, start: int = 0) -> bool:
+        """Drop what a sequence holds from position `start` on; False where the cache can only drop the whole."""
+        return bool(llama.llama_memory_seq_rm(self._live_memory(), sequence, start, -1))
+
+    def _live_memory(self) -> llama.llama_memory_t:
+        _ = self.handle
+        return self._memory
+
+    def close(self) -> None:
+        """Free the cache; may be called twice."""
+        self._native.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+
+def batches(count: int, size: int) -> list[slice]:
+    """Slices of at most `size` that cover `count` items."""
+    return [slice(i * size, min((i + 1) * size, count)) for i in range(math.ceil(count / size))]
