@@ -297,7 +297,7 @@ def test_saving_replaces_whole_files_and_leaves_nothing_else(tmp_path: Path) -> 
     make_look().save(path)
     assert_equal(make_look(), ImageEmbedding.load(path))
     assert ImageEmbedding.load(path).source == "file"
-    assert os.listdir(tmp_path) == ["look.safetensors"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_a_save_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,7 +311,7 @@ def test_a_save_that_fails_keeps_the_old_file(tmp_path: Path, monkeypatch: pytes
     with pytest.raises(SavedLookError, match="No space left"):
         make_look().save(path)
     assert path.read_bytes() == b"old"
-    assert os.listdir(tmp_path) == ["look.safetensors"]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_files_that_are_no_saved_looks_are_named_in_one_sentence(tmp_path: Path) -> None:

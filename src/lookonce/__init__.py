@@ -44,8 +44,8 @@ __all__ = [
     "Store",
     "__version__",
     "load",
-    *errors.__all__,
 ]
+__all__ += errors.__all__
 
 
 def __getattr__(name: str) -> Any:

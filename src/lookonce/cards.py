@@ -30,8 +30,9 @@ class ModelFiles:
 def find_files(model: str | PathLike[str], mmproj: str | PathLike[str] | None = None) -> ModelFiles:
     """Find and check the files that `model`, a text GGUF or a folder with one, and `mmproj` stand for.
 
-    Without `mmproj` the folder is searched for the one projector whose width fits; None is found where there is none, which
-    is enough to replay saved looks. Raises ModelFileError for a missing, damaged or mismatched file, and where several fit.
+    Without `mmproj` the folder is searched for the one projector whose metadata fit; None is found where there is
+    none, which is enough to replay saved looks. Raises ModelFileError for a missing, damaged or mismatched file, and
+    where several fit.
     """
     path = Path(fspath(model)).expanduser()
     if path.is_dir():
@@ -40,7 +41,9 @@ def find_files(model: str | PathLike[str], mmproj: str | PathLike[str] | None = 
         text = gguf_file.read(path)
         gguf_check.check_text_model(text)
     else:
-        raise ModelFileError(f"{fspath(model)!r} does not exist: give a text model's .gguf file or a folder that holds one")
+        raise ModelFileError(
+            f"{fspath(model)!r} does not exist: give a text model's .gguf file or a folder that holds one"
+        )
     if mmproj is None:
         return ModelFiles(text, _fitting_projector(text), chosen=False)
     projector = gguf_file.read(Path(fspath(mmproj)).expanduser())
@@ -50,7 +53,7 @@ def find_files(model: str | PathLike[str], mmproj: str | PathLike[str] | None = 
 
 
 def _only_text_model(folder: Path) -> GgufFile:
-    found = [gguf for gguf in _sound_files(folder) if not gguf.architecture == PROJECTOR]
+    found = [gguf for gguf in _sound_files(folder) if gguf.architecture != PROJECTOR]
     if len(found) == 1:
         gguf_check.check_text_model(found[0])
         return found[0]

@@ -42,8 +42,8 @@ class Usage:
 class Timings:
     """Where a reply's time went, in seconds.
 
-    `look_s` finds or encodes the pictures, `prefill_s` evaluates the prompt, `first_token_s` is all from the call to the
-    first token, `generation_s` all after it.
+    `look_s` finds or encodes the pictures, `prefill_s` evaluates the prompt, `first_token_s` is all from the call to
+    the first token, `generation_s` all after it.
     """
 
     look_s: float
@@ -210,7 +210,12 @@ class Chat:
     """
 
     def __init__(
-        self, engine: Engine, *, images: Images = (), system: str | None = None, look: LookOptions | None = None
+        self,
+        engine: Engine,
+        *,
+        images: Images = (),
+        system: str | None = None,
+        look: LookOptions | None = None,
     ) -> None:
         if system is not None and not isinstance(system, str):
             raise PromptError(f"system is a {type(system).__name__}: give a text")
@@ -232,7 +237,12 @@ class Chat:
 
     @overload
     def ask(
-        self, prompt: str, images: Images = (), *, stream: Literal[False] = False, **options: Unpack[SamplingOptions]
+        self,
+        prompt: str,
+        images: Images = (),
+        *,
+        stream: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
     ) -> Reply: ...
 
     @overload
@@ -246,8 +256,8 @@ class Chat:
         """Say something, with pictures or without, and get the model's reply.
 
         A picture stands where its alias stands in the prompt: its own, or `<image_N>`, N being its number in the
-        conversation. The others come before the text. `options` are those of `Sampling`. With `stream` the reply comes
-        as it is generated; the turn counts once the stream has ended or was closed.
+        conversation. The others come before the text. `options` are those of `Sampling`. With `stream` the reply
+        comes as it is generated; the turn counts once the stream has ended or was closed.
 
         Raises PromptError for a prompt, alias or option that cannot be used, ContextError where it does not fit,
         PictureError and ModelFileError for what cannot be looked at; the conversation is then as it was.

@@ -356,7 +356,7 @@ def _assemble(
         )
     except SavedLookError as error:
         raise SavedLookError(f"{name} is damaged: {error}") from error
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise SavedLookError(f"{name} is damaged: its metadata cannot be read") from error
 
 

@@ -110,7 +110,8 @@ class Engine:
     ) -> list[ImageEmbedding]:
         """Look at pictures for a prompt that has at least `n_tokens` and `n_rows` beside them.
 
-        Each is opened, checked and counted before the tower runs for the first. Raises ContextError where they cannot fit.
+        Each is opened, checked and counted before the tower runs for the first. Raises ContextError where they cannot
+        fit.
         """
         self._check_open()
         prepared = [self.looker.prepare(source, options) for source in sources]
@@ -123,7 +124,10 @@ class Engine:
         if self._template is None:
             self._template = ChatTemplate(self.text.chat_template, bos=self.text.bos, eos=self.text.eos)
         return assemble(
-            self._template.render(messages), self.text.tokenize, bos=self.text.bos_token, batch_size=self.batch_size
+            self._template.render(messages),
+            self.text.tokenize,
+            bos=self.text.bos_token,
+            batch_size=self.batch_size,
         )
 
     @property

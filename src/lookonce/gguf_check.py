@@ -1,8 +1,8 @@
 """Refuses a text model or a projector file that llama.cpp would abort on, or that do not fit together.
 
 A failed GGML_ASSERT ends the whole process, so whatever the header shows is checked here first: for the
-Qwen-VL family every hyper-parameter and the shape of every tensor (see `gguf_qwen`), for other architectures what
-llama.cpp asserts of any. It knows nothing of native code.
+Qwen-VL family every hyper-parameter and the shape of every tensor (see `gguf_qwen`), for other architectures
+what llama.cpp asserts of any. It knows nothing of native code.
 """
 
 import re

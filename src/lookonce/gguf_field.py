@@ -66,8 +66,8 @@ def array_length(gguf: GgufFile, key: str, kinds: Collection[str], length: int |
 def require(gguf: GgufFile, name: str, *shape: int, types: Collection[str] = ()) -> None:
     """Require a tensor of this shape, of one of `types` if given.
 
-    Otherwise one of a single dimension is to be F32 (ggml adds and multiplies rows in nothing else), any other
-    of a type that ggml can multiply by.
+    Otherwise one of a single dimension is to be F32 (ggml adds and multiplies rows in nothing else), any
+    other of a type that ggml can multiply by.
     """
     info = gguf.tensors.get(name)
     if info is None:

@@ -1,4 +1,4 @@
-"""What llama.cpp and libmtmd need of the Qwen-VL family: every hyper-parameter, and the shape of every tensor.
+"""What llama.cpp and libmtmd need of the Qwen-VL family: each hyper-parameter, and each tensor's shape.
 
 Written after src/models/{qwen2vl,qwen3vl,qwen3vlmoe}.cpp and tools/mtmd/{clip.cpp,models/qwen2vl.cpp,
 models/qwen3vl.cpp} of llama.cpp, where what fails is an assertion, a null pointer or a division by zero.
@@ -44,7 +44,7 @@ def check_qwen_text(gguf: GgufFile, layers: int, n_tokens: int) -> None:
         raise wrong(
             gguf, f"has {heads} heads of {head} with {kv_heads} for keys and width {width:,}, which cannot be"
         )
-    # The graph asserts that keys, values and the rotation are of one size; rope_multi divides by the sections' sum.
+    # The graph asserts that keys, values and rotation are of one size; rope divides by the sections' sum.
     integer(gguf, f"{arch}.attention.value_length", head, head, head)
     integer(gguf, f"{arch}.rope.dimension_count", head, head, head)
     sections = numbers(gguf, f"{arch}.rope.dimension_sections", 4, ("[i32]", "[u32]"))
@@ -171,7 +171,7 @@ def _check_vision_layer(gguf: GgufFile, family: str, blk: str, width: int) -> No
         up, down = down, up
     hidden = _dimension(gguf, up + ".weight", 1)
     # Those converters also wrote 0 for the width.
-    if hidden != integer(gguf, "clip.vision.feed_forward_length", 0, _MAX_INT, 0) != 0:
+    if integer(gguf, "clip.vision.feed_forward_length", 0, _MAX_INT, 0) not in (0, hidden):
         raise wrong(gguf, f"has {up}.weight {hidden:,} wide, which is not clip.vision.feed_forward_length")
     require(gguf, up + ".weight", width, hidden)
     optional(gguf, up + ".bias", hidden)
@@ -198,11 +198,9 @@ def _check_merger(gguf: GgufFile, family: str, width: int, layers: int) -> None:
     for i in deepstack:
         require(gguf, f"v.deepstack.{i}.norm.weight", 4 * width)
         require(gguf, f"v.deepstack.{i}.norm.bias", 4 * width)
-    beyond = [
-        name for name in gguf.tensors if re.match(r"v\.(blk|deepstack)\.", name) and _layer(name) >= layers
-    ]
-    if beyond:
-        raise wrong(gguf, f"has the tensor {beyond[0]}, but {layers} layers (clip.vision.block_count)")
+    for name in gguf.tensors:
+        if (match := re.match(r"v\.(?:blk|deepstack)\.(\d+)\.", name)) and int(match[1]) >= layers:
+            raise wrong(gguf, f"has the tensor {name}, but {layers} layers (clip.vision.block_count)")
     flags = gguf.metadata.get("clip.vision.is_deepstack_layers")
     if flags is not None and flags != tuple(i in deepstack for i in range(layers)):
         raise wrong(
@@ -210,11 +208,6 @@ def _check_merger(gguf: GgufFile, family: str, width: int, layers: int) -> None:
         )
     if family != "qwen3vl" and deepstack:
         raise wrong(gguf, f"has DeepStack tensors, which {family} has not")
-
-
-def _layer(name: str) -> int:
-    number = name.split(".")[2]
-    return int(number) if number.isdecimal() else 0
 
 
 def _dimension(gguf: GgufFile, name: str, axis: int) -> int:

@@ -39,7 +39,7 @@ _RULES: Final = {"qwen3vl": images.QWEN3_VL, "qwen2.5vl": images.QWEN2_VL, "qwen
 
 @dataclass(frozen=True, slots=True)
 class LookOptions:
-    """How a picture is looked at. `min_pixels` and `max_pixels` replace the family's limits; `dtype` is the stored type."""
+    """How a picture is looked at: limits that replace the family's own, and the type in which rows are stored."""
 
     min_pixels: int | None = None
     max_pixels: int | None = None
@@ -202,13 +202,13 @@ class Looker:
             )
         if _plain(look.model_name) != _plain(self._model_name) or look.mrope != self._text.mrope:
             raise MismatchError(
-                f"the look was made for the text model {look.model_name!r}, but this is {self._model_name!r}: look at the "
-                "picture with this model"
+                f"the look was made for the text model {look.model_name!r}, but this is {self._model_name!r}: "
+                "look at the picture with this model"
             )
         if self._projector_chosen and self._projector and look.projector != self._projector.fingerprint:
             raise MismatchError(
-                f"the look was made with the projector {look.projector_name} ({look.projector[:12]}), but the model was "
-                f"given {self._projector.path.name} ({self._projector.fingerprint[:12]}): give the same file, or none"
+                f"the look was made with the projector {look.projector_name} ({look.projector[:12]}), but the model "
+                f"was given {self._projector.path.name} ({self._projector.fingerprint[:12]}): give the same file, or none"
             )
         return look
 
@@ -221,8 +221,8 @@ class Looker:
     def _require_projector(self) -> Projector:
         if self._projector is None:
             raise ModelFileError(
-                f"no projector file fits {self._text.path.name} in its folder, and looking at a picture needs one: give "
-                "mmproj= or --mmproj, or use a saved look"
+                f"no projector file fits {self._text.path.name} in its folder, and looking at a picture needs one: "
+                "give mmproj= or --mmproj, or use a saved look"
             )
         return self._projector
 
@@ -241,12 +241,15 @@ class Looker:
 
     def _surroundings(self, projector: Projector) -> tuple[str, ...]:
         """What decides the rows beside the pixels."""
-        return (projector.fingerprint, self._model_name, json.dumps(versions(), sort_keys=True), str(FORMAT_VERSION))
+        return (
+            projector.fingerprint,
+            self._model_name,
+            json.dumps(versions(), sort_keys=True),
+            str(FORMAT_VERSION),
+        )
 
     def _key(self, picture: Picture, dtype: RowType, projector: Projector) -> str:
-        return _digest(
-            "look", picture.content_hash(), picture.preprocessing, dtype, *self._surroundings(projector)
-        )
+        return _digest("look", picture.content_hash(), picture.preprocessing, dtype, *self._surroundings(projector))
 
     def _stored(self, key: str) -> ImageEmbedding | None:
         payload = self._store.get(key, LOOK) if self._store else None
@@ -272,9 +275,7 @@ class Looker:
             self._store.remember("picture", note, f"{key}:{_digest(note, key)}")
 
 
-def _grid(
-    positions: NDArray[np.int32], segments: tuple[object, ...], *, mrope: bool
-) -> tuple[int, int]:
+def _grid(positions: NDArray[np.int32], segments: tuple[object, ...], *, mrope: bool) -> tuple[int, int]:
     """(rows, columns) of merged tokens; one row where the architecture has no grid, or several slices."""
     slices = sum(isinstance(segment, RowSegment) for segment in segments)
     if not mrope or slices != 1:
@@ -306,4 +307,3 @@ def _libraries() -> dict[str, str]:
 
 def _name(source: PictureSource) -> str | None:
     return str(source) if isinstance(source, str | PathLike) else None
-

@@ -20,8 +20,8 @@ from lookonce.store import Store
 class Model:
     """A loaded vision-language model. Make it with `lookonce.load`.
 
-    Safe to use from several threads: they take turns at native work. Close it, or use it in a `with` block, to give its
-    memory back.
+    Safe to use from several threads: they take turns at native work. Close it, or use it in a `with` block, to give
+    its memory back.
     """
 
     def __init__(self, engine: Engine) -> None:
@@ -58,8 +58,8 @@ class Model:
         min_pixels, max_pixels: replace the model family's own limits; the picture is resized to lie between them.
         dtype: the type in which rows are kept, `f16` or `f32`.
 
-        Raises PictureError, ModelFileError without a projector, MismatchError for a look of another model, ContextError for
-        a picture that could not be asked about.
+        Raises PictureError, ModelFileError without a projector, MismatchError for a look of another model, ContextError
+        for a picture that could not be asked about.
         """
         look = self._engine.look([picture], LookOptions(min_pixels, max_pixels, dtype))[0]
         return look if alias is None else look.with_alias(alias)
@@ -107,8 +107,8 @@ class Model:
             `<image_2>` by its place in the list. The others come before the text, in order.
         system: what the model is told beforehand.
         stream: give the reply piece by piece, as it is generated.
-        options: those of `lookonce.Sampling`: max_tokens, temperature, top_p, top_k, min_p, repeat_penalty, seed, stop,
-            json_schema, grammar.
+        options: those of `lookonce.Sampling`: max_tokens, temperature, top_p, top_k, min_p, repeat_penalty, seed,
+            stop, json_schema, grammar.
 
         Raises what `Chat.ask` raises.
         """

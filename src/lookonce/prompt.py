@@ -116,8 +116,8 @@ def name_looks(looks: Sequence[ImageEmbedding], known: Mapping[str, ImageEmbeddi
 def place_looks(text: str, new: Mapping[str, ImageEmbedding], known: Mapping[str, ImageEmbedding]) -> tuple[Part, ...]:
     """Put each picture where its alias stands in `text`; new ones whose alias does not stand there come first.
 
-    Raises PromptError for an alias that no picture has, for one that was chosen and does not stand in the text, and for
-    an empty text with no picture.
+    Raises PromptError for an alias that no picture has, for one that was chosen and does not stand in the text, and
+    for an empty text with no picture.
     """
     if not isinstance(text, str):
         raise PromptError(f"the prompt is a {type(text).__name__}: give a text")
@@ -212,7 +212,9 @@ class ChatTemplate:
             return "".join(str(part) for part in message.parts)
         if mark is None:
             return "".join(part if isinstance(part, str) else _OWN_MARK for part in message.parts)
-        return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts]
+        return [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts
+        ]
 
     def _run(self, messages: Sequence[Mapping[str, object]]) -> str:
         try:
@@ -251,8 +253,8 @@ class _RunBuilder:
     def _add_rows(self, look: ImageEmbedding, segment: RowSegment, start: int) -> None:
         if not segment.causal and segment.n_rows > self.batch_size:
             raise ContextError(
-                f"a picture has {segment.n_rows} rows that must be evaluated together, more than the {self.batch_size} of "
-                "one batch: use a smaller picture or a larger n_ctx"
+                f"a picture has {segment.n_rows} rows that must be evaluated together, more than the "
+                f"{self.batch_size} of one batch: use a smaller picture or a larger n_ctx"
             )
         end = start + segment.n_rows
         for first in range(start, end, self.batch_size):
@@ -276,7 +278,9 @@ def assemble(
             builder.add_tokens(tokenize(part))
     first = builder.runs[0] if builder.runs else None
     if bos is not None and not (isinstance(first, TokenRun) and first.tokens[0] == bos):
-        builder.runs[:1] = [TokenRun((bos, *first.tokens))] if isinstance(first, TokenRun) else [TokenRun((bos,)), *builder.runs[:1]]
+        builder.runs[:1] = (
+            [TokenRun((bos, *first.tokens))] if isinstance(first, TokenRun) else [TokenRun((bos,)), *builder.runs[:1]]
+        )
     return Prompt(tuple(builder.runs))
 
 

@@ -84,7 +84,9 @@ class Sampling:
                 return self.json_schema
             return json.dumps(self.json_schema)
         except (TypeError, ValueError) as error:
-            raise PromptError(f"json_schema is not JSON ({error}): give a JSON schema as a mapping or its text") from error
+            raise PromptError(
+                f"json_schema is not JSON ({error}): give a JSON schema as a mapping or its text"
+            ) from error
 
     def _check_whole(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)

@@ -102,17 +102,17 @@ def refuse_overflow(n_tokens: int, n_rows: int, n_ctx: int) -> None:
     """Raise ContextError where a prompt leaves no room for an answer."""
     if n_tokens + n_rows >= n_ctx:
         raise ContextError(
-            f"the prompt has {n_tokens} tokens and {n_rows} image rows, but the context holds {n_ctx} with at least one "
-            "for the answer: shorten the prompt, make the pictures smaller with max_pixels, or load the model with a "
-            "larger n_ctx"
+            f"the prompt has {n_tokens} tokens and {n_rows} image rows, but the context holds {n_ctx} with at least "
+            "one for the answer: shorten the prompt, make the pictures smaller with max_pixels, or load the model with "
+            "a larger n_ctx"
         )
 
 
 class Sequences:
     """Shares the sequences of one context among turns.
 
-    The caller holds the model's lock in every method. A turn whose sequence another one took is evaluated again when it
-    goes on, so any number of turns may be under way; up to `count` of them without that cost.
+    The caller holds the model's lock in every method. A turn whose sequence another one took is evaluated again when
+    it goes on, so any number of turns may be under way; up to `count` of them without that cost.
     """
 
     def __init__(self, context: Context, count: int) -> None:
@@ -218,8 +218,6 @@ class Sequences:
             self._context.decode_tokens(run.tokens, position=slot.position, sequence=slot.number, outputs=outputs)
         else:
             positions = run.positions + slot.position
-            self._context.decode_rows(
-                run.rows, positions, sequence=slot.number, causal=run.causal, outputs=outputs
-            )
+            self._context.decode_rows(run.rows, positions, sequence=slot.number, causal=run.causal, outputs=outputs)
         slot.hold(run)
         slot.sound = True

@@ -37,7 +37,7 @@ class Capture:
                 return name in self._names
             if name in self._names:
                 self.values[name].append(read_tensor(tensor))
-        except Exception as error:  # noqa: BLE001
+        except Exception as error:  # noqa: BLE001  nothing may raise here
             self._pending = error
             return False
         return True

@@ -51,7 +51,6 @@ class _Listeners(threading.local):
 _listeners = _Listeners()
 
 
-@llama.llama_log_callback
 def _on_log(level: int, text: bytes | None, _user_data: ctypes.c_void_p) -> None:
     # An exception here would be printed by ctypes and lost, so nothing in it may raise: a line can be
     # cut inside a UTF-8 character.
@@ -78,10 +77,12 @@ def listen() -> Iterator[NativeLog]:
         _listeners.open.remove(log)
 
 
+_log_callback: Final = llama.llama_log_callback(_on_log)  # the native library calls it for as long as it lives
+
+
 def _start() -> None:
-    llama.llama_log_set(_on_log, ctypes.c_void_p(0))
-    mtmd.mtmd_log_set(_on_log, ctypes.c_void_p(0))
-    mtmd.mtmd_helper_log_set(_on_log, ctypes.c_void_p(0))
+    for set_log in (llama.llama_log_set, mtmd.mtmd_log_set, mtmd.mtmd_helper_log_set):
+        set_log(_log_callback, ctypes.c_void_p(0))
     llama.llama_backend_init()
 
 

@@ -9,6 +9,7 @@ from typing import Final
 import llama_cpp.llama_cpp as llama
 import numpy as np
 from llama_cpp.llama_grammar import json_schema_to_gbnf
+from numpy.typing import NDArray
 from typing_extensions import Self
 
 from lookonce.errors import NativeError, PromptError
@@ -124,7 +125,7 @@ def _allows(grammar: Handle, token: int) -> bool:
     return bool(np.isfinite(one["logit"][0]))
 
 
-def _array(candidates: np.ndarray) -> llama.llama_token_data_array:  # type: ignore[type-arg]
+def _array(candidates: NDArray[np.void]) -> llama.llama_token_data_array:
     return llama.llama_token_data_array(
         data=candidates.ctypes.data_as(ctypes.POINTER(llama.llama_token_data)),
         size=len(candidates),
@@ -136,7 +137,7 @@ def _array(candidates: np.ndarray) -> llama.llama_token_data_array:  # type: ign
 def _grammar_of_schema(schema: str) -> str:
     try:
         return str(json_schema_to_gbnf(schema))
-    except Exception as error:  # noqa: BLE001  the converter raises whatever an unexpected schema runs into
+    except Exception as error:  # the converter raises whatever an unexpected schema runs into
         reason = f"{type(error).__name__}: {error}".replace("\n", " ")[:200]
         raise PromptError(f"json_schema cannot be turned into a grammar ({reason}): simplify it") from error
 

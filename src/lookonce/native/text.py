@@ -116,7 +116,7 @@ class TextModel:
         return "" if token < 0 else self.piece(token, special=True).decode("utf-8", errors="replace")
 
     def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text`, special tokens written in it included and none added, as transformers splits a prompt."""
+        """Token ids of `text` as transformers splits a prompt: special tokens in it are read, none are added."""
         data = text.encode("utf-8", errors="replace")
         room = len(data) + 1
         tokens = (llama.llama_token * room)()
@@ -152,7 +152,10 @@ class TextModel:
 
 @dataclass(frozen=True, slots=True)
 class ContextOptions:
-    """How a context is made. `n_outputs` bounds the logit rows of one call, `flash_attention` None lets llama.cpp choose."""
+    """How a context is made.
+
+    `n_outputs` bounds the logit rows of one call; `flash_attention` None lets llama.cpp choose.
+    """
 
     n_ctx: int
     threads: int
@@ -223,7 +226,12 @@ class Context:
         return self._native.pointer
 
     def decode_tokens(
-        self, tokens: Sequence[int], *, position: int, sequence: int = 0, outputs: Literal["last", "all", "none"] = "last"
+        self,
+        tokens: Sequence[int],
+        *,
+        position: int,
+        sequence: int = 0,
+        outputs: Literal["last", "all", "none"] = "last",
     ) -> None:
         """Evaluate at most `batch_size` tokens whose first stands at `position`.
 
@@ -231,10 +239,9 @@ class Context:
         """
         count = len(tokens)
         ids = np.asarray(tokens, dtype=np.int32)
-        if count and not (0 <= int(ids.min()) and int(ids.max()) < self._model.vocabulary_size):
-            raise InputError(
-                f"token ids go from {ids.min()} to {ids.max()}: {self._model.path.name} has {self._model.vocabulary_size}"
-            )
+        n_known = self._model.vocabulary_size
+        if count and (int(ids.min()) < 0 or int(ids.max()) >= n_known):
+            raise InputError(f"token ids go from {ids.min()} to {ids.max()}: {self._model.path.name} has {n_known}")
         positions = np.arange(position, position + count, dtype=np.int32)
         self._decode(count, positions, sequence, outputs, token=ids)
 
@@ -254,14 +261,13 @@ class Context:
         """
         count = len(rows)
         if rows.shape != (count, self._model.input_width) or positions.shape != (count, 3):
+            width = self._model.input_width
             raise InputError(
-                f"rows are {rows.shape} with positions {positions.shape}: expected (n, {self._model.input_width}) and (n, 3)"
+                f"rows are {rows.shape} with positions {positions.shape}: expected (n, {width}) and (n, 3)"
             )
-        planes = positions.T
-        if self._model.mrope:  # four planes t, y, x, 0 (llama.cpp issues 28902 and 28963)
-            planes = np.concatenate([planes, np.zeros((1, count), dtype=np.int32)])
-        else:
-            planes = planes[:1]
+        # M-RoPE reads four planes t, y, x, 0, one after the other (llama.cpp issues 28902 and 28963).
+        unused = np.zeros((1, count), dtype=np.int32)
+        planes = np.concatenate([positions.T, unused]) if self._model.mrope else positions.T[:1]
         flat = np.ascontiguousarray(planes, dtype=np.int32).reshape(-1)
         data = np.ascontiguousarray(rows, dtype=np.float32)
         llama.llama_set_causal_attn(self.handle, causal)
@@ -314,7 +320,7 @@ class Context:
         row = llama.llama_get_logits_ith(self.handle, index)
         if not row:
             raise NativeError(f"no logits were kept at index {index}")
-        return np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,)).copy()
+        return np.array(np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,)), dtype=np.float32)
 
     def forget(self, sequence: int, start: int = 0) -> bool:
         """Drop what a sequence holds from position `start` on; False where the cache can only drop the whole."""

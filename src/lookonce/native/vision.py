@@ -125,7 +125,7 @@ class VisionTower:
         if status or not output:
             raise NativeError(f"the vision tower {self.path.name} failed with status {status}", log.tail())
         count = int(mtmd.mtmd_input_chunk_get_n_tokens(chunk))
-        return np.ctypeslib.as_array(output, shape=(count, self._model.input_width)).copy()
+        return np.array(np.ctypeslib.as_array(output, shape=(count, self._model.input_width)), dtype=np.float32)
 
     def close(self) -> None:
         """Free the tower; may be called twice."""
