@@ -207,8 +207,8 @@ class Looker:
             )
         if self._projector_chosen and self._projector and look.projector != self._projector.fingerprint:
             raise MismatchError(
-                f"the look was made with the projector {look.projector_name} ({look.projector[:12]}), but the model was "
-                f"given {self._projector.path.name} ({self._projector.fingerprint[:12]}): give the same file, or none"
+                f"the look was made with the projector {look.projector_name} ({look.projector[:12]}), but the model "
+                f"has {self._projector.path.name} ({self._projector.fingerprint[:12]}): give the same file, or none"
             )
         return look
 
