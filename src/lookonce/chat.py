@@ -291,7 +291,7 @@ class Chat:
         if not sources and not prompt.strip():
             raise PromptError("the prompt is empty and there is no picture: write a question, or give a picture")
         parts = [part for message in self._messages for part in message.parts]
-        looks = self._engine.look(
+        looks = self._engine.look_within(
             sources,
             self._look,
             n_tokens=sum(len(self._engine.text.tokenize(part)) for part in (prompt, *parts) if isinstance(part, str)),

@@ -100,13 +100,14 @@ class Engine:
             devices=() if options.n_gpu_layers == 0 else devices,
         )
 
-    def look(
-        self,
-        sources: Sequence[PictureSource | ImageEmbedding],
-        options: LookOptions,
-        *,
-        n_tokens: int = 0,
-        n_rows: int = 0,
+    def look(self, source: PictureSource | ImageEmbedding, options: LookOptions) -> ImageEmbedding:
+        """Look at one picture."""
+        self._check_open()
+        prepared = self.looker.prepare(source, options)
+        return self.looker.finish(prepared) if isinstance(prepared, PendingLook) else prepared
+
+    def look_within(
+        self, sources: Sequence[PictureSource | ImageEmbedding], options: LookOptions, *, n_tokens: int, n_rows: int
     ) -> list[ImageEmbedding]:
         """Look at pictures for a prompt that has at least `n_tokens` and `n_rows` beside them.
 

@@ -58,10 +58,9 @@ class Model:
         min_pixels, max_pixels: replace the model family's own limits; the picture is resized to lie between them.
         dtype: the type in which rows are kept, `f16` or `f32`.
 
-        Raises PictureError, ModelFileError without a projector, MismatchError for a look of another model, ContextError
-        for a picture that could not be asked about.
+        Raises PictureError, ModelFileError without a projector, MismatchError for a look of another model.
         """
-        look = self._engine.look([picture], LookOptions(min_pixels, max_pixels, dtype))[0]
+        look = self._engine.look(picture, LookOptions(min_pixels, max_pixels, dtype))
         return look if alias is None else look.with_alias(alias)
 
     @overload
