@@ -20,11 +20,13 @@ class Capture:
     """Keeps a copy of every evaluation of the tensors in `names`.
 
     Give it to one context or one vision tower; `values[name]` then grows by one array, F32 in ggml's shape reversed
-    (tokens, width), with each evaluated batch. `clear()` empties it.
+    (tokens, width), with each evaluated batch. `clear()` empties it. With `stop_after` nothing of the graph is
+    computed after that tensor.
     """
 
-    def __init__(self, names: Collection[str]) -> None:
+    def __init__(self, names: Collection[str], *, stop_after: str | None = None) -> None:
         self._names = frozenset(names)
+        self._stop_after = stop_after
         self.values: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
         self._pending: Exception | None = None
         self.callback = llama.ggml_backend_sched_eval_callback(self._on_tensor)
@@ -37,6 +39,7 @@ class Capture:
                 return name in self._names
             if name in self._names:
                 self.values[name].append(read_tensor(tensor))
+                return name != self._stop_after
         except Exception as error:  # noqa: BLE001  nothing may raise here
             self._pending = error
             return False

@@ -5,7 +5,6 @@ neither is safe to use from two threads at once (`lookonce.model` holds the lock
 """
 
 import ctypes
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,6 +22,7 @@ from lookonce.native.capture import Capture
 from lookonce.native.library import Device, Handle, listen
 
 KvType = Literal["f16", "f32", "q8_0"]
+Outputs = Literal["last", "all", "none"]
 KV_TYPES: Final[dict[KvType, int]] = {
     "f32": llama.GGML_TYPE_F32,
     "f16": llama.GGML_TYPE_F16,
@@ -72,6 +72,16 @@ class TextModel:
     def input_width(self) -> int:
         """Width of one row: n_embd, times one more for each DeepStack layer."""
         return int(llama.llama_model_n_embd_inp(self.handle))
+
+    @cached_property
+    def width(self) -> int:
+        """Width of a hidden state: n_embd."""
+        return int(llama.llama_model_n_embd(self.handle))
+
+    @cached_property
+    def n_layers(self) -> int:
+        """Number of layers."""
+        return int(llama.llama_model_n_layer(self.handle))
 
     @cached_property
     def context_length(self) -> int:
@@ -231,7 +241,7 @@ class Context:
         *,
         position: int,
         sequence: int = 0,
-        outputs: Literal["last", "all", "none"] = "last",
+        outputs: Outputs = "last",
     ) -> None:
         """Evaluate at most `batch_size` tokens whose first stands at `position`.
 
@@ -243,7 +253,20 @@ class Context:
         if count and (int(ids.min()) < 0 or int(ids.max()) >= n_known):
             raise InputError(f"token ids go from {ids.min()} to {ids.max()}: {self._model.path.name} has {n_known}")
         positions = np.arange(position, position + count, dtype=np.int32)
-        self._decode(count, positions, sequence, outputs, token=ids)
+        self._decode(positions, _same(sequence, count), _flags(outputs, count), token=ids)
+
+    def decode_many(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        wanted: NDArray[np.bool_],
+    ) -> None:
+        """Evaluate tokens of several sequences in one call; all arrays are (n,), n at most `batch_size`.
+
+        `wanted` says which tokens' output is kept. Raises NativeError; the sequences may then hold a part.
+        """
+        self._decode(positions, sequences, wanted.astype(np.int8), token=tokens)
 
     def decode_rows(
         self,
@@ -252,7 +275,7 @@ class Context:
         *,
         sequence: int = 0,
         causal: bool = True,
-        outputs: Literal["last", "all", "none"] = "none",
+        outputs: Outputs = "none",
     ) -> None:
         """Evaluate at most `batch_size` image rows.
 
@@ -272,36 +295,36 @@ class Context:
         data = np.ascontiguousarray(rows, dtype=np.float32)
         llama.llama_set_causal_attn(self.handle, causal)
         try:
-            self._decode(count, flat, sequence, outputs, embd=data)
+            self._decode(flat, _same(sequence, count), _flags(outputs, count), embd=data)
         finally:
             if not causal:
                 llama.llama_set_causal_attn(self.handle, True)
 
     def _decode(
         self,
-        count: int,
         positions: NDArray[np.int32],
-        sequence: int,
-        outputs: Literal["last", "all", "none"],
+        sequences: NDArray[np.int32],
+        flags: NDArray[np.int8],
         *,
         token: NDArray[np.int32] | None = None,
         embd: NDArray[np.float32] | None = None,
     ) -> None:
+        count = len(flags)
         if not 1 <= count <= self.batch_size:
             raise InputError(f"a batch of {count} was given: give 1 to {self.batch_size} at a time")
-        if outputs == "all" and count > self._n_outputs:
-            raise InputError(f"logits of {count} tokens were asked for: this context keeps {self._n_outputs} at a time")
-        flags = np.full(count, outputs == "all", dtype=np.int8)
-        flags[-1] = outputs != "none"
-        identity = ctypes.c_int32(sequence)
-        sequences = (ctypes.POINTER(ctypes.c_int32) * count)(*([ctypes.pointer(identity)] * count))
+        if (kept := int(np.count_nonzero(flags))) > self._n_outputs:
+            raise InputError(f"outputs of {kept} tokens were asked for: this context keeps {self._n_outputs} at a time")
+        # A token's sequences are an array of its own; all of these lie in `sequences`, which stays alive here.
+        numbers = np.ascontiguousarray(sequences, dtype=np.int32)
+        addresses = numbers.ctypes.data + np.arange(count, dtype=np.uintp) * numbers.itemsize
+        pointers = addresses.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
         batch = llama.llama_batch(
             n_tokens=count,
             token=None if token is None else token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             embd=None if embd is None else embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
             pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             n_seq_id=self._one_sequence,
-            seq_id=sequences,
+            seq_id=pointers,
             logits=flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
         with listen() as log:
@@ -326,6 +349,10 @@ class Context:
         """Drop what a sequence holds from position `start` on; False where the cache can only drop the whole."""
         return bool(llama.llama_memory_seq_rm(self._live_memory(), sequence, start, -1))
 
+    def copy(self, source: int, target: int) -> None:
+        """Let sequence `target` hold all that `source` holds; the cells are shared until one of them goes on."""
+        llama.llama_memory_seq_cp(self._live_memory(), source, target, -1, -1)
+
     def _live_memory(self) -> llama.llama_memory_t:
         _ = self.handle
         return self._memory
@@ -341,6 +368,12 @@ class Context:
         self.close()
 
 
-def batches(count: int, size: int) -> list[slice]:
-    """Slices of at most `size` that cover `count` items."""
-    return [slice(i * size, min((i + 1) * size, count)) for i in range(math.ceil(count / size))]
+def _same(number: int, count: int) -> NDArray[np.int32]:
+    return np.full(count, number, dtype=np.int32)
+
+
+def _flags(outputs: Outputs, count: int) -> NDArray[np.int8]:
+    flags = np.full(count, outputs == "all", dtype=np.int8)
+    if count:
+        flags[-1] = outputs != "none"
+    return flags
