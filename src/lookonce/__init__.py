@@ -18,6 +18,7 @@ from lookonce.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
     from lookonce.chat import Chat, Reply, ReplyStream
+    from lookonce.embedder import Embedder
     from lookonce.embedding import ImageEmbedding
     from lookonce.model import Model, load
     from lookonce.sampling import Sampling
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Chat": "chat",
+    "Embedder": "embedder",
     "ImageEmbedding": "embedding",
     "Model": "model",
     "Reply": "chat",
@@ -36,6 +38,7 @@ _HOMES = {
 
 __all__ = [
     "Chat",
+    "Embedder",
     "ImageEmbedding",
     "Model",
     "Reply",

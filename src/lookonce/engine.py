@@ -20,7 +20,7 @@ from lookonce.looker import Looker, LookOptions, PendingLook, Projector
 from lookonce.native.library import choose_devices
 from lookonce.native.sampler import Sampler
 from lookonce.native.text import Context, ContextOptions, KvType, TextModel
-from lookonce.prompt import ChatTemplate, Message, Prompt, assemble
+from lookonce.prompt import ChatTemplate, Message, Part, Prompt, assemble, count
 from lookonce.sampling import Sampling
 from lookonce.sequences import Sequences, Turn, refuse_overflow
 from lookonce.store import Store
@@ -89,6 +89,7 @@ class Engine:
         self.text: Final = TextModel(files.text.path, devices=devices, gpu_layers=options.n_gpu_layers)
         logger.info("loaded %s in %.2f s", files.text.path, time.perf_counter() - started)
         self.options: Final = options.context_options(min(DEFAULT_CONTEXT, self.text.context_length))
+        self.options.check_length(self.text)
         self.looker: Final = Looker(
             self.text,
             files.text,
@@ -102,34 +103,57 @@ class Engine:
 
     def look(self, source: PictureSource | ImageEmbedding, options: LookOptions) -> ImageEmbedding:
         """Look at one picture."""
-        self._check_open()
-        prepared = self.looker.prepare(source, options)
-        return self.looker.finish(prepared) if isinstance(prepared, PendingLook) else prepared
+        return self.finish(self.prepare([source], options))[0]
 
-    def look_within(
-        self, sources: Sequence[PictureSource | ImageEmbedding], options: LookOptions, *, n_tokens: int, n_rows: int
-    ) -> list[ImageEmbedding]:
-        """Look at pictures for a prompt that has at least `n_tokens` and `n_rows` beside them.
-
-        Each is opened, checked and counted before the tower runs for the first. Raises ContextError where they cannot
-        fit.
-        """
+    def prepare(
+        self, sources: Sequence[PictureSource | ImageEmbedding], options: LookOptions
+    ) -> list[ImageEmbedding | PendingLook]:
+        """Open, check and count pictures: their looks where they are kept, what is left to do where not."""
         self._check_open()
-        prepared = [self.looker.prepare(source, options) for source in sources]
-        refuse_overflow(n_tokens, n_rows + sum(one.n_rows for one in prepared), self.n_ctx)
-        return [self.looker.finish(one) if isinstance(one, PendingLook) else one for one in prepared]
+        return [self.looker.prepare(source, options) for source in sources]
+
+    def finish(self, prepared: Sequence[ImageEmbedding | PendingLook]) -> list[ImageEmbedding]:
+        """Run the tower for what is left to do, once for each picture."""
+        made: dict[str, ImageEmbedding] = {}
+        for one in prepared:
+            if isinstance(one, PendingLook) and one.key not in made:
+                made[one.key] = self.looker.finish(one)
+        return [made[one.key] if isinstance(one, PendingLook) else one for one in prepared]
+
+    def look_all(self, sources: Sequence[PictureSource | ImageEmbedding], options: LookOptions) -> list[ImageEmbedding]:
+        """Look at many pictures; the same picture is encoded once, however often it comes."""
+        self._check_open()
+        looks: dict[str, ImageEmbedding] = {}
+        found: list[ImageEmbedding] = []
+        for source in sources:
+            prepared = self.looker.prepare(source, options)
+            if prepared.key not in looks:
+                look = self.looker.finish(prepared) if isinstance(prepared, PendingLook) else prepared
+                looks[prepared.key] = look
+            found.append(looks[prepared.key])
+        return found
 
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """Render a conversation through the model's chat template. Raises PromptError where it refuses."""
+        return self.plain_prompt(self.template.render(messages))
+
+    def plain_prompt(self, parts: Sequence[Part]) -> Prompt:
+        """Texts and pictures as they are, without a template."""
         self._check_open()
-        if self._template is None:
-            self._template = ChatTemplate(self.text.chat_template, bos=self.text.bos, eos=self.text.eos)
-        return assemble(
-            self._template.render(messages),
-            self.text.tokenize,
-            bos=self.text.bos_token,
-            batch_size=self.batch_size,
-        )
+        return assemble(parts, self.text.tokenize, bos=self.text.bos_token, batch_size=self.batch_size)
+
+    def refuse(self, messages: Sequence[Message]) -> None:
+        """Raise ContextError or PromptError where a conversation cannot be answered, before its pictures cost work."""
+        refuse_overflow(*count(self.template.render(messages), self.text.tokenize), self.n_ctx)
+
+    @property
+    def template(self) -> ChatTemplate:
+        """The text model's chat template. Raises PromptError where it has none that can be used."""
+        with self.lock:
+            self._check_open()
+            if self._template is None:
+                self._template = ChatTemplate(self.text.chat_template, bos=self.text.bos, eos=self.text.eos)
+            return self._template
 
     @property
     def n_ctx(self) -> int:

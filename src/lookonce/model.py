@@ -2,7 +2,7 @@
 
 from os import PathLike
 from types import TracebackType
-from typing import Literal, overload
+from typing import Final, Literal, overload
 
 from typing_extensions import Self, Unpack
 
@@ -25,22 +25,23 @@ class Model:
     """
 
     def __init__(self, engine: Engine) -> None:
-        self._engine = engine
+        self.engine: Final = engine
+        """What the library's other parts work with; not part of the promise."""
 
     @property
     def name(self) -> str:
         """The text model's own name."""
-        return self._engine.name
+        return self.engine.name
 
     @property
     def n_ctx(self) -> int:
         """Tokens and image rows that the context holds."""
-        return self._engine.n_ctx
+        return self.engine.n_ctx
 
     @property
     def tower_loaded(self) -> bool:
         """Whether the vision tower has been loaded; it is, on the first picture that the store does not hold."""
-        return self._engine.looker.tower_loaded
+        return self.engine.looker.tower_loaded
 
     def look(
         self,
@@ -60,7 +61,7 @@ class Model:
 
         Raises PictureError, ModelFileError without a projector, MismatchError for a look of another model.
         """
-        look = self._engine.look(picture, LookOptions(min_pixels, max_pixels, dtype))
+        look = self.engine.look(picture, LookOptions(min_pixels, max_pixels, dtype))
         return look if alias is None else look.with_alias(alias)
 
     @overload
@@ -123,11 +124,11 @@ class Model:
         max_pixels: int | None = None,
     ) -> Chat:
         """Begin a conversation; `images` belong to its first turn, and later turns may bring more."""
-        return Chat(self._engine, images=images, system=system, look=LookOptions(min_pixels, max_pixels))
+        return Chat(self.engine, images=images, system=system, look=LookOptions(min_pixels, max_pixels))
 
     def close(self) -> None:
         """Free everything the model holds; may be called twice."""
-        self._engine.close()
+        self.engine.close()
 
     def __enter__(self) -> Self:
         return self

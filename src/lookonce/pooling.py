@@ -18,15 +18,15 @@ POOLINGS: Final[tuple[Pooling, ...]] = get_args(Pooling)
 def pool(states: NDArray[np.float32], pooling: Pooling) -> NDArray[np.float32]:
     """Pool hidden states, (n, width) in prompt order, into one vector (width,): `cls` is the first, `last` the last."""
     if pooling == "mean":
-        return states.mean(axis=0, dtype=np.float64).astype(np.float32)
+        return np.asarray(states.mean(axis=0, dtype=np.float64), dtype=np.float32)
     if pooling == "max":
         return np.asarray(states.max(axis=0))
-    return states[0] if pooling == "cls" else states[-1]
+    return np.asarray(states[0] if pooling == "cls" else states[-1])
 
 
 def cut(vectors: NDArray[np.float32], dimension: int | None) -> NDArray[np.float32]:
     """Keep the first `dimension` values of each vector, (..., width) -> (..., dimension)."""
-    return vectors if dimension is None else vectors[..., :dimension]
+    return np.asarray(vectors[..., :dimension])
 
 
 def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:

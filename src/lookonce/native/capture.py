@@ -28,7 +28,7 @@ class Capture:
         self._names = frozenset(names)
         self._stop_after = stop_after
         self.values: dict[str, list[NDArray[np.float32]]] = defaultdict(list)
-        self._pending: Exception | None = None
+        self._pending: BaseException | None = None
         self.callback = llama.ggml_backend_sched_eval_callback(self._on_tensor)
 
     def _on_tensor(self, tensor: int, ask: bool, _user_data: ctypes.c_void_p) -> bool:
@@ -40,7 +40,7 @@ class Capture:
             if name in self._names:
                 self.values[name].append(read_tensor(tensor))
                 return name != self._stop_after
-        except Exception as error:  # noqa: BLE001  nothing may raise here
+        except BaseException as error:  # noqa: BLE001  nothing may raise here, Ctrl-C included
             self._pending = error
             return False
         return True

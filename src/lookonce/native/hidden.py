@@ -3,31 +3,16 @@
 The language-model head is never computed: after the wanted tensor the evaluation callback ends the graph.
 """
 
-import ctypes
-from collections.abc import Sequence
-from dataclasses import dataclass
-from types import TracebackType
 from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Self
 
-from lookonce.errors import InputError, NativeError
+from lookonce.errors import InputError
 from lookonce.native.capture import Capture
 from lookonce.native.text import Context, ContextOptions, TextModel
 
 FINAL_STATE: Final = "result_norm"  # after the last layer and the final norm
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """Tokens of one sequence in a batch: where they start in it and which of them are wanted."""
-
-    sequence: int
-    position: int
-    tokens: tuple[int, ...]
-    wanted: tuple[bool, ...]
 
 
 def layer_tensor(model: TextModel, layer: int) -> tuple[int, str]:
@@ -44,3 +29,64 @@ def layer_tensor(model: TextModel, layer: int) -> tuple[int, str]:
         return number, FINAL_STATE
     n_deepstack = model.input_width // model.width - 1
     return number, f"deepstack_out-{number}" if number < n_deepstack else f"l_out-{number}"
+
+
+class HiddenContext:
+    """A context that gives one layer's hidden states, F32 (n, width), instead of logits."""
+
+    def __init__(self, model: TextModel, options: ContextOptions, layer: int) -> None:
+        _, self._tensor = layer_tensor(model, layer)
+        self._capture = Capture({self._tensor}, stop_after=self._tensor)
+        self._context = Context(model, options, self._capture)
+        self._width = model.width
+        self.options = options
+
+    def evaluate_tokens(
+        self,
+        tokens: NDArray[np.int32],
+        positions: NDArray[np.int32],
+        sequences: NDArray[np.int32],
+        wanted: NDArray[np.bool_],
+    ) -> NDArray[np.float32]:
+        """Evaluate tokens of one or several sequences; give the states of the wanted ones, in the batch's order."""
+        self._capture.clear()
+        self._context.decode_many(tokens, positions, sequences, wanted & self._drops_rows)
+        return self._states(wanted)
+
+    def evaluate_rows(
+        self,
+        rows: NDArray[np.float32],
+        positions: NDArray[np.int32],
+        sequence: int,
+        wanted: NDArray[np.bool_],
+        *,
+        causal: bool,
+    ) -> NDArray[np.float32]:
+        """Evaluate image rows, (n, input width) at absolute (t, y, x); give the states of the wanted ones."""
+        self._capture.clear()
+        kept = wanted & self._drops_rows
+        self._context.decode_rows(rows, positions, sequence=sequence, causal=causal, outputs=kept)
+        return self._states(wanted)
+
+    @property
+    def _drops_rows(self) -> bool:
+        # After the last layer's attention llama.cpp goes on with the flagged rows alone; a middle layer has all.
+        return self._tensor == FINAL_STATE
+
+    def _states(self, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
+        if not wanted.any():
+            return np.empty((0, self._width), dtype=np.float32)
+        states = self._capture.values[self._tensor][-1].reshape(-1, self._width)
+        return states if self._drops_rows else states[wanted]
+
+    def copy(self, source: int, target: int) -> None:
+        """Let sequence `target` hold all that `source` holds."""
+        self._context.copy(source, target)
+
+    def forget(self, sequence: int) -> None:
+        """Empty a sequence."""
+        self._context.forget(sequence)
+
+    def close(self) -> None:
+        """Free the context; may be called twice."""
+        self._context.close()

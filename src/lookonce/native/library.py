@@ -6,6 +6,9 @@ process-wide state: importing it routes the native log into `logging` and starts
 
 import ctypes
 import logging
+import math
+import os
+import tempfile
 import threading
 import weakref
 from collections.abc import Callable, Iterator
@@ -21,7 +24,7 @@ import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 from numpy.typing import NDArray
 
-from lookonce.errors import ClosedError, DeviceError
+from lookonce.errors import ClosedError, DeviceError, InputError
 
 logger = logging.getLogger("lookonce.native")
 
@@ -46,15 +49,23 @@ class _Listeners(threading.local):
     def __init__(self) -> None:
         self.open: list[NativeLog] = []
         self.level = 0
+        self.broken_off: BaseException | None = None
 
 
 _listeners = _Listeners()
 
 
 def _on_log(level: int, text: bytes | None, _user_data: ctypes.c_void_p) -> None:
-    # An exception here would be printed by ctypes and lost, so nothing in it may raise: a line can be
-    # cut inside a UTF-8 character.
-    line = (text or b"").decode("utf-8", errors="replace")
+    # ctypes prints and drops an exception raised here. Ctrl-C comes up here more often than not while a model
+    # loads, since this is the only Python code then running: it is kept, and raised after the native call.
+    try:
+        _take_line(level, text or b"")
+    except BaseException as error:  # noqa: BLE001  nothing may raise here
+        _listeners.broken_off = error
+
+
+def _take_line(level: int, text: bytes) -> None:
+    line = text.decode("utf-8", errors="replace")  # it can be cut inside a character
     if level == _CONTINUED:
         level = _listeners.level
     _listeners.level = level
@@ -68,13 +79,48 @@ def _on_log(level: int, text: bytes | None, _user_data: ctypes.c_void_p) -> None
 
 @contextmanager
 def listen() -> Iterator[NativeLog]:
-    """Collect what the native library warns about in this thread while the block runs."""
+    """Collect what the native library warns about in this thread while the block, one native call, runs."""
     log = NativeLog()
     _listeners.open.append(log)
     try:
         yield log
     finally:
-        _listeners.open.remove(log)
+        _listeners.open.pop()
+    raise_broken_off()
+
+
+def raise_broken_off() -> None:
+    """Raise what interrupted a callback of the native library in this thread, if anything did."""
+    error, _listeners.broken_off = _listeners.broken_off, None
+    if error is not None:
+        raise error
+
+
+_standard_error = threading.Lock()
+
+
+@contextmanager
+def hear_standard_error() -> Iterator[list[str]]:
+    """Give what is written to standard error while the block, one short native call, runs: it is not shown.
+
+    llama.cpp's grammar parser writes its reasons there, and to no log. The file descriptor belongs to the process,
+    so one block runs at a time.
+    """
+    heard: list[str] = []
+    with _standard_error, tempfile.TemporaryFile() as file:
+        try:
+            saved = os.dup(2)
+        except OSError:  # a program without a standard error
+            yield heard
+            return
+        os.dup2(file.fileno(), 2)
+        try:
+            yield heard
+        finally:
+            os.dup2(saved, 2)
+            os.close(saved)
+            file.seek(0)
+            heard += [line.strip() for line in file.read().decode("utf-8", errors="replace").splitlines()]
 
 
 _log_callback: Final = llama.llama_log_callback(_on_log)  # the native library calls it for as long as it lives
@@ -178,13 +224,20 @@ def system_info() -> str:
 class Handle:
     """A native pointer that is freed exactly once: by `close`, when its owner is forgotten, or at exit.
 
-    An owner that keeps a reference to what its pointer depends on is freed before it.
+    What needs another handle's pointer is freed before it, in whatever order the two are closed or forgotten: the
+    garbage collector frees the parts of a cycle in any order.
     """
 
-    def __init__(self, owner: object, pointer: Any, free: Callable[[Any], object], name: str) -> None:
+    def __init__(
+        self, pointer: Any, free: Callable[[Any], object], name: str, *, needs: "Handle | None" = None
+    ) -> None:
         self._pointer = pointer
         self._name = name
-        self._free = weakref.finalize(owner, free, pointer)
+        self._dependants: weakref.WeakSet[Handle] = weakref.WeakSet()
+        # The finalizer's arguments keep `needs` alive until this pointer is freed.
+        self._free = weakref.finalize(self, _free_first, free, pointer, needs)
+        if needs is not None:
+            needs._dependants.add(self)
 
     @property
     def pointer(self) -> Any:
@@ -194,8 +247,17 @@ class Handle:
         return self._pointer
 
     def close(self) -> None:
-        """Free the pointer; may be called twice."""
+        """Free the pointer, and before it what needs it; may be called twice."""
+        for dependant in tuple(self._dependants):
+            dependant.close()
         self._free()
+
+
+def _free_first(free: Callable[[Any], object], pointer: Any, _needed: Handle | None) -> None:
+    free(pointer)
+
+
+_F32: Final = 0  # GGML_TYPE_F32 in ggml.h
 
 
 class _TensorPrefix(ctypes.Structure):
@@ -215,9 +277,15 @@ def tensor_name(tensor: int) -> str:
 
 
 def read_tensor(tensor: int) -> NDArray[np.float32]:
-    """Copy a contiguous F32 tensor out of its backend; the shape is ggml's reversed, without leading ones."""
+    """Copy a contiguous F32 tensor out of its backend; the shape is ggml's reversed, without leading ones.
+
+    Raises InputError for a tensor of another kind.
+    """
     prefix = _TensorPrefix.from_address(tensor)
     shape = [int(n) for n in reversed(list(prefix.ne))]
+    steps = [4, *(4 * math.prod(prefix.ne[:axis]) for axis in (1, 2, 3))]
+    if prefix.type != _F32 or list(prefix.nb) != steps:
+        raise InputError(f"the tensor {tensor_name(tensor)} is not a contiguous one of F32: capture another")
     while len(shape) > 1 and shape[0] == 1:
         shape.pop(0)
     values = np.empty(shape, dtype=np.float32)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from lookonce.errors import NativeError, PromptError
-from lookonce.native.library import Handle, listen
+from lookonce.native.library import Handle, hear_standard_error, listen
 from lookonce.native.text import Context, TextModel
 from lookonce.sampling import Sampling
 
@@ -22,6 +22,7 @@ _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32
 # The native grammar parser recurses: what is deeper or longer could overflow its stack.
 _LONGEST_GRAMMAR: Final = 256 * 1024
 _DEEPEST_GRAMMAR: Final = 128
+_LONGEST_REASON: Final = 300  # characters of the parser's complaint, which quotes the grammar
 
 
 class Sampler:
@@ -39,7 +40,7 @@ class Sampler:
         if grammar is not None:
             self._grammar = self._make_grammar(grammar)
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._chain = Handle(self, chain, llama.llama_sampler_free, "the sampler")
+        self._chain = Handle(chain, llama.llama_sampler_free, "the sampler")
         for part in self._parts(sampling):
             llama.llama_sampler_chain_add(chain, part)
 
@@ -65,12 +66,12 @@ class Sampler:
 
     def _make_grammar(self, grammar: str) -> Handle:
         _check_grammar(grammar)
-        with listen() as log:
-            handle = llama.llama_sampler_init_grammar(self._model.vocab, grammar.encode(), b"root")
+        with hear_standard_error() as heard, listen() as log:
+            handle = llama.llama_sampler_init_grammar(self._model.vocab, grammar.encode(errors="replace"), b"root")
         if not handle:
-            reason = " | ".join(log.tail()) or "the parser gave no reason"
+            reason = " | ".join(filter(None, [*heard, *log.tail()]))[:_LONGEST_REASON] or "the parser gave no reason"
             raise PromptError(f"the grammar cannot be used ({reason}): give GBNF with a rule named root")
-        return Handle(self, handle, llama.llama_sampler_free, "the grammar")
+        return Handle(handle, llama.llama_sampler_free, "the grammar", needs=self._model.native)
 
     def accept(self, token: int) -> None:
         """Count a token of the prompt for the repeat penalty."""
@@ -79,6 +80,7 @@ class Sampler:
     def sample(self, context: Context) -> int:
         """Draw the token that follows the last evaluated one, and remember it."""
         chain, grammar = self._chain.pointer, self._grammar
+        context.logits()  # the native call below aborts the process where there are none, or none that are numbers
         if grammar is None:
             return int(llama.llama_sampler_sample(chain, context.handle, -1))
         # As llama.cpp's own tools do: the grammar is slow over a whole vocabulary, and what the chain would take

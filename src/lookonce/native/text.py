@@ -1,16 +1,19 @@
 """The text model and its context: tokens and rows in, logits out.
 
-`TextModel` owns the weights, `Context` the KV cache made for them. A context must be closed before its model;
-neither is safe to use from two threads at once (`lookonce.model` holds the lock).
+`TextModel` owns the weights, `Context` the KV cache made for them; closing the model closes its contexts first. A
+context is not safe to use from two threads at once (`lookonce.engine` holds the lock); a model's vocabulary is.
 """
 
 import ctypes
+import os
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal
+from typing import Final, Literal, Protocol
+from weakref import WeakSet
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -22,7 +25,8 @@ from lookonce.native.capture import Capture
 from lookonce.native.library import Device, Handle, listen
 
 KvType = Literal["f16", "f32", "q8_0"]
-Outputs = Literal["last", "all", "none"]
+Outputs = Literal["last", "all", "none"] | NDArray[np.bool_]
+"""Which items of a batch keep their output: some of these, or those flagged in (n,)."""
 KV_TYPES: Final[dict[KvType, int]] = {
     "f32": llama.GGML_TYPE_F32,
     "f16": llama.GGML_TYPE_F16,
@@ -35,6 +39,13 @@ _FLASH_ATTENTION: Final = {
     False: llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
     True: llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
 }
+
+
+class Closeable(Protocol):
+    """What holds a native handle."""
+
+    def close(self) -> None:
+        """Free it; may be called twice."""
 
 
 class TextModel:
@@ -50,17 +61,20 @@ class TextModel:
         params.devices = ctypes.cast(handles, ctypes.c_void_p)
         params.n_gpu_layers = 0 if not devices else -1 if gpu_layers is None else gpu_layers
         with listen() as log:
-            handle = llama.llama_model_load_from_file(str(path).encode(), params)
+            handle = llama.llama_model_load_from_file(os.fsencode(path), params)
+            if handle:
+                self.native: Final = Handle(handle, llama.llama_model_free, f"the text model {path.name}")
         if not handle:
             raise NativeError(f"{path} could not be loaded as a text model", log.tail())
-        self._native = Handle(self, handle, llama.llama_model_free, f"the text model {path.name}")
         self._vocab = llama.llama_model_get_vocab(handle)
+        # Text is split and joined beside another thread's native work: without a lock, close() could come between.
+        self._reading = threading.Lock()
         self.path = path
 
     @property
     def handle(self) -> llama.llama_model_p:
         """The native handle, for this package only; raises ClosedError after `close`."""
-        return self._native.pointer
+        return self.native.pointer
 
     @property
     def vocab(self) -> llama.llama_vocab_p:
@@ -125,12 +139,16 @@ class TextModel:
     def _special(self, token: int) -> str:
         return "" if token < 0 else self.piece(token, special=True).decode("utf-8", errors="replace")
 
-    def tokenize(self, text: str) -> list[int]:
-        """Token ids of `text` as transformers splits a prompt: special tokens in it are read, none are added."""
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text` as transformers splits a prompt: special tokens in it are read, none are added.
+
+        Without `special` their names are text like any other.
+        """
         data = text.encode("utf-8", errors="replace")
         room = len(data) + 1
         tokens = (llama.llama_token * room)()
-        count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, False, True)
+        with self._reading:
+            count = llama.llama_tokenize(self.vocab, data, len(data), tokens, room, False, special)
         if count < 0:
             raise NativeError(f"a text of {len(data)} bytes could not be split into tokens")
         return list(tokens[:count])
@@ -140,24 +158,30 @@ class TextModel:
         room = 64
         while True:
             buffer = ctypes.create_string_buffer(room)
-            length = llama.llama_token_to_piece(self.vocab, token, buffer, room, 0, special)
+            with self._reading:
+                length = llama.llama_token_to_piece(self.vocab, token, buffer, room, 0, special)
             if length >= 0:
                 return buffer.raw[:length]
             room = -length
 
     def ends_generation(self, token: int) -> bool:
         """Whether the model says with this token that it has finished."""
-        return bool(llama.llama_vocab_is_eog(self.vocab, token))
+        with self._reading:
+            return bool(llama.llama_vocab_is_eog(self.vocab, token))
 
     def close(self) -> None:
-        """Free the weights; may be called twice."""
-        self._native.close()
+        """Free the weights, and before them every context and tower made for them; may be called twice."""
+        with self._reading:
+            self.native.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+
+MOST_THREADS: Final = 512  # GGML_MAX_N_THREADS in ggml.h; far beyond it the native thread pool crashes
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,10 +208,20 @@ class ContextOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise InputError(f"{name} is {value!r}: give a whole number of at least 1")
-        if self.kv_type not in KV_TYPES:
+        if self.threads > MOST_THREADS:
+            raise InputError(f"threads is {self.threads}: give at most {MOST_THREADS}")
+        if not isinstance(self.kv_type, str) or self.kv_type not in KV_TYPES:
             raise InputError(f"kv_type is {self.kv_type!r}: choose one of {', '.join(KV_TYPES)}")
         if self.kv_type == "q8_0" and self.flash_attention is False:
             raise InputError("kv_type 'q8_0' needs flash attention: leave flash_attention on, or choose f16")
+
+    def check_length(self, model: TextModel) -> None:
+        """Raise ContextError where the model was not trained for a context so long."""
+        if self.n_ctx > model.context_length:
+            raise ContextError(
+                f"n_ctx is {self.n_ctx}, but {model.path.name} was trained for {model.context_length}: "
+                "give at most that"
+            )
 
 
 class Context:
@@ -197,11 +231,7 @@ class Context:
     """
 
     def __init__(self, model: TextModel, options: ContextOptions, capture: Capture | None = None) -> None:
-        if options.n_ctx > model.context_length:
-            raise ContextError(
-                f"n_ctx is {options.n_ctx}, but {model.path.name} was trained for {model.context_length}: "
-                "give at most that"
-            )
+        options.check_length(model)
         params = llama.llama_context_default_params()
         params.n_ctx = options.n_ctx
         params.n_batch = params.n_ubatch = options.batch_size
@@ -218,15 +248,19 @@ class Context:
         self._capture = capture
         with listen() as log:
             handle = llama.llama_init_from_model(model.handle, params)
+            if handle:
+                name = f"the context of {model.path.name}"
+                self._native = Handle(handle, llama.llama_free, name, needs=model.native)
         if not handle:
             raise NativeError(
                 f"a context of {options.n_ctx} tokens could not be made for {model.path.name}", log.tail()
             )
-        self._native = Handle(self, handle, llama.llama_free, f"the context of {model.path.name}")
+        model.adopt(self)
         self._memory = llama.llama_get_memory(handle)
         self._model = model
         self.n_ctx = options.n_ctx
         self.batch_size = options.batch_size
+        self._n_sequences = options.n_sequences
         self._n_outputs = int(params.n_outputs_max)
         self._one_sequence = (ctypes.c_int32 * self.batch_size)(*([1] * self.batch_size))
 
@@ -248,25 +282,21 @@ class Context:
         `outputs` says for which of them logits are kept. Raises NativeError; the sequence may then hold a part.
         """
         count = len(tokens)
-        ids = np.asarray(tokens, dtype=np.int32)
-        n_known = self._model.vocabulary_size
-        if count and (int(ids.min()) < 0 or int(ids.max()) >= n_known):
-            raise InputError(f"token ids go from {ids.min()} to {ids.max()}: {self._model.path.name} has {n_known}")
-        positions = np.arange(position, position + count, dtype=np.int32)
-        self._decode(positions, _same(sequence, count), _flags(outputs, count), token=ids)
+        positions = np.arange(position, position + count)
+        self._decode(positions, _same(sequence, count), _flags(outputs, count), token=np.asarray(tokens))
 
     def decode_many(
         self,
         tokens: NDArray[np.int32],
         positions: NDArray[np.int32],
         sequences: NDArray[np.int32],
-        wanted: NDArray[np.bool_],
+        outputs: Outputs,
     ) -> None:
-        """Evaluate tokens of several sequences in one call; all arrays are (n,), n at most `batch_size`.
+        """Evaluate tokens of several sequences in one call; the arrays are (n,), n at most `batch_size`.
 
-        `wanted` says which tokens' output is kept. Raises NativeError; the sequences may then hold a part.
+        Raises NativeError; the sequences may then hold a part.
         """
-        self._decode(positions, sequences, wanted.astype(np.int8), token=tokens)
+        self._decode(positions, sequences, _flags(outputs, len(tokens)), token=tokens)
 
     def decode_rows(
         self,
@@ -291,42 +321,41 @@ class Context:
         # M-RoPE reads four planes t, y, x, 0, one after the other (llama.cpp issues 28902 and 28963).
         unused = np.zeros((1, count), dtype=np.int32)
         planes = np.concatenate([positions.T, unused]) if self._model.mrope else positions.T[:1]
-        flat = np.ascontiguousarray(planes, dtype=np.int32).reshape(-1)
         data = np.ascontiguousarray(rows, dtype=np.float32)
-        llama.llama_set_causal_attn(self.handle, causal)
-        try:
-            self._decode(flat, _same(sequence, count), _flags(outputs, count), embd=data)
-        finally:
-            if not causal:
-                llama.llama_set_causal_attn(self.handle, True)
+        self._decode(planes.reshape(-1), _same(sequence, count), _flags(outputs, count), embd=data, causal=causal)
 
     def _decode(
         self,
-        positions: NDArray[np.int32],
-        sequences: NDArray[np.int32],
+        positions: NDArray[np.integer],
+        sequences: NDArray[np.integer],
         flags: NDArray[np.int8],
         *,
-        token: NDArray[np.int32] | None = None,
+        token: NDArray[np.integer] | None = None,
         embd: NDArray[np.float32] | None = None,
+        causal: bool = True,
     ) -> None:
         count = len(flags)
         if not 1 <= count <= self.batch_size:
             raise InputError(f"a batch of {count} was given: give 1 to {self.batch_size} at a time")
+        numbers = _checked("sequences", sequences, count, self._n_sequences)
+        places = _checked("positions", positions, len(positions), _MOST_POSITIONS)
+        ids = None if token is None else _checked("token ids", token, count, self._model.vocabulary_size)
         if (kept := int(np.count_nonzero(flags))) > self._n_outputs:
             raise InputError(f"outputs of {kept} tokens were asked for: this context keeps {self._n_outputs} at a time")
-        # A token's sequences are an array of its own; all of these lie in `sequences`, which stays alive here.
-        numbers = np.ascontiguousarray(sequences, dtype=np.int32)
+        # A token's sequences are an array of its own; all of these lie in `numbers`, which stays alive here.
         addresses = numbers.ctypes.data + np.arange(count, dtype=np.uintp) * numbers.itemsize
         pointers = addresses.ctypes.data_as(ctypes.POINTER(ctypes.POINTER(ctypes.c_int32)))
         batch = llama.llama_batch(
             n_tokens=count,
-            token=None if token is None else token.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            token=None if ids is None else ids.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             embd=None if embd is None else embd.ctypes.data_as(ctypes.POINTER(ctypes.c_float)),
-            pos=positions.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
+            pos=places.ctypes.data_as(ctypes.POINTER(ctypes.c_int32)),
             n_seq_id=self._one_sequence,
             seq_id=pointers,
             logits=flags.ctypes.data_as(ctypes.POINTER(ctypes.c_int8)),
         )
+        # Set before every call, so that one that broke off leaves nothing behind.
+        llama.llama_set_causal_attn(self.handle, causal)
         with listen() as log:
             status = llama.llama_decode(self.handle, batch)
         if self._capture is not None:
@@ -343,15 +372,25 @@ class Context:
         row = llama.llama_get_logits_ith(self.handle, index)
         if not row:
             raise NativeError(f"no logits were kept at index {index}")
-        return np.array(np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,)), dtype=np.float32)
+        logits = np.array(np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,)), dtype=np.float32)
+        if np.isnan(logits).any():
+            raise NativeError(
+                f"{self._model.path.name} gave logits that are not numbers: the file is damaged, fetch it again"
+            )
+        return logits
 
     def forget(self, sequence: int, start: int = 0) -> bool:
         """Drop what a sequence holds from position `start` on; False where the cache can only drop the whole."""
+        self._check_sequences(sequence)
         return bool(llama.llama_memory_seq_rm(self._live_memory(), sequence, start, -1))
 
     def copy(self, source: int, target: int) -> None:
         """Let sequence `target` hold all that `source` holds; the cells are shared until one of them goes on."""
+        self._check_sequences(source, target)
         llama.llama_memory_seq_cp(self._live_memory(), source, target, -1, -1)
+
+    def _check_sequences(self, *numbers: int) -> None:
+        _checked("sequences", np.asarray(numbers), len(numbers), self._n_sequences)
 
     def _live_memory(self) -> llama.llama_memory_t:
         _ = self.handle
@@ -368,11 +407,25 @@ class Context:
         self.close()
 
 
-def _same(number: int, count: int) -> NDArray[np.int32]:
-    return np.full(count, number, dtype=np.int32)
+_MOST_POSITIONS: Final = 2**31 - 1
+
+
+def _checked(name: str, values: NDArray[np.integer], count: int, limit: int) -> NDArray[np.int32]:
+    """The values as native code reads them. A wrong one would abort the process there, so it raises InputError here."""
+    if values.shape != (count,) or not np.issubdtype(values.dtype, np.integer):
+        raise InputError(f"{name} are {values.dtype} of shape {values.shape}: expected whole numbers, ({count},)")
+    if not 0 <= int(values.min()) <= int(values.max()) < limit:
+        raise InputError(f"{name} go from {values.min()} to {values.max()}: expected 0 to {limit - 1}")
+    return np.ascontiguousarray(values, dtype=np.int32)
+
+
+def _same(number: int, count: int) -> NDArray[np.integer]:
+    return np.full(count, number)
 
 
 def _flags(outputs: Outputs, count: int) -> NDArray[np.int8]:
+    if isinstance(outputs, np.ndarray):
+        return outputs.astype(np.int8)
     flags = np.full(count, outputs == "all", dtype=np.int8)
     if count:
         flags[-1] = outputs != "none"

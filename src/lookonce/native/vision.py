@@ -1,6 +1,7 @@
 """The vision tower and projector: pixels in, rows and their positions out."""
 
 import ctypes
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from lookonce.embedding import RowSegment, Segment, TextSegment
-from lookonce.errors import ModelFileError, NativeError
+from lookonce.errors import InputError, ModelFileError, NativeError
 from lookonce.native.capture import Capture
 from lookonce.native.library import Device, Handle, listen
 from lookonce.native.text import TextModel
@@ -62,10 +63,12 @@ class VisionTower:
             params.cb_eval = capture.callback
         self._capture = capture
         with listen() as log:
-            handle = mtmd.mtmd_init_from_file(str(path).encode(), model.handle, params)
+            handle = mtmd.mtmd_init_from_file(os.fsencode(path), model.handle, params)
+            if handle:
+                self._native = Handle(handle, mtmd.mtmd_free, f"the vision tower {path.name}", needs=model.native)
         if not handle:
             raise NativeError(f"{path} could not be loaded as a projector for {model.path.name}", log.tail())
-        self._native = Handle(self, handle, mtmd.mtmd_free, f"the vision tower {path.name}")
+        model.adopt(self)
         self._model = model
         self.path = path
         if not mtmd.mtmd_support_vision(handle):
@@ -80,6 +83,8 @@ class VisionTower:
 
     def encode(self, pixels: NDArray[np.uint8]) -> EncodedPicture:
         """Encode one RGB picture, uint8 (H, W, 3). Raises NativeError where the native library fails at it."""
+        if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
+            raise InputError(f"pixels are {pixels.dtype} of shape {pixels.shape}: expected uint8 (height, width, 3)")
         height, width, _ = pixels.shape
         data = np.ascontiguousarray(pixels)
         bitmap = mtmd.mtmd_bitmap_init(width, height, data.ctypes.data_as(ctypes.POINTER(ctypes.c_uint8)))

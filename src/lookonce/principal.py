@@ -1,0 +1,65 @@
+"""A fitted principal component analysis as two arrays: applied with numpy, kept in a file without pickle."""
+
+from dataclasses import dataclass
+from os import PathLike, fspath
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lookonce.errors import InputError
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Principal:
+    """`mean` (width,) and `components` (dimension, width), float32; whitening is part of the components."""
+
+    mean: NDArray[np.float32]
+    components: NDArray[np.float32]
+
+    @classmethod
+    def of(cls, pca: object, width: int) -> "Principal":
+        """From a fitted scikit-learn PCA, or a file that `save` wrote. Raises InputError for another width."""
+        if isinstance(pca, Principal):
+            found = pca
+        elif isinstance(pca, str | PathLike):
+            found = cls.load(pca)
+        else:
+            found = cls._of_estimator(pca)
+        if found.mean.shape != (width,) or found.components.shape[1:] != (width,):
+            raise InputError(
+                f"the PCA takes vectors of {found.mean.shape[0]}, but the model gives {width}: fit it anew"
+            )
+        return found
+
+    @classmethod
+    def _of_estimator(cls, pca: object) -> "Principal":
+        mean, components = getattr(pca, "mean_", None), getattr(pca, "components_", None)
+        if mean is None or components is None:
+            raise InputError(f"pca is a {type(pca).__name__}: give a fitted scikit-learn PCA or a saved one's file")
+        if getattr(pca, "whiten", False):
+            components = components / np.sqrt(np.maximum(getattr(pca, "explained_variance_", 1.0), 1e-12))[:, None]
+        return cls(np.asarray(mean, dtype=np.float32), np.asarray(components, dtype=np.float32))
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "Principal":
+        """Read what `save` wrote. Raises InputError for anything else."""
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return cls(arrays["mean"].astype(np.float32), arrays["components"].astype(np.float32))
+        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+            raise InputError(f"{fspath(path)!r} is no saved PCA ({error}): save one with save_pca") from error
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write a `.npz` file with the two arrays."""
+        with Path(path).open("wb") as file:
+            np.savez(file, mean=self.mean, components=self.components)
+
+    @property
+    def dimension(self) -> int:
+        """Values in a vector that comes out."""
+        return int(self.components.shape[0])
+
+    def apply(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Project vectors, (n, width) -> (n, dimension)."""
+        return np.asarray((vectors - self.mean) @ self.components.T, dtype=np.float32)
