@@ -54,11 +54,11 @@ def make_pair(
     name = f"{FAMILIES[family]} {shape} seed {seed}"
     stem = f"{FAMILIES[family].replace('3-VL', '3VL')}-{shape}-seed{seed}"
     text, projector = folder / f"{stem}-{type}.gguf", folder / f"mmproj-{stem}-{mmproj_type}.gguf"
-    write_projector(projector, sizes, weights, mmproj_type, name)
+    write_projector(projector, sizes, weights, type=mmproj_type, name=name)
     if type == "Q4_K_M":
         _write_quantized(text, sizes, weights, vocabulary, name)
     else:
-        write_text(text, sizes, weights, vocabulary, type, name)
+        write_text(text, sizes, weights, vocabulary, type=type, name=name)
     return text, projector
 
 
@@ -69,7 +69,7 @@ def _write_quantized(path: Path, shape: Shape, weights: Weights, vocabulary: Voc
     whole = path.with_name(f".{path.name}.{os.getpid()}.whole")
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        write_text(whole, shape, weights, vocabulary, before, name)
+        write_text(whole, shape, weights, vocabulary, type=before, name=name)
         _quantize(whole, partial)
         with partial.open("rb") as file:
             os.fsync(file.fileno())
@@ -82,10 +82,7 @@ def _write_quantized(path: Path, shape: Shape, weights: Weights, vocabulary: Voc
 def _quantize(source: Path, target: Path) -> None:
     from llama_cpp import llama_cpp as native
 
-    @native.llama_log_callback
-    def quiet(level: int, text: bytes, data: ctypes.c_void_p) -> None:
-        """Drop the line: the quantizer prints one for each tensor."""
-
+    quiet = native.llama_log_callback(lambda level, text, data: None)  # the quantizer prints a line a tensor
     before, data = native.llama_log_callback(0), ctypes.c_void_p()
     native.llama_log_get(ctypes.byref(before), ctypes.byref(data))
     native.llama_log_set(quiet, ctypes.c_void_p(0))

@@ -5,12 +5,15 @@ Needs neither torch nor native code.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, TypeVar
 
-__all__ = ["GOLDEN_PICTURES", "PICTURES", "PROMPTS", "TEXTS", "PromptCase"]
+__all__ = ["GOLDEN_PICTURES", "GREEDY_TOKENS", "PICTURES", "PROMPTS", "TEXTS", "PromptCase"]
 
 Size = tuple[int, int, int]
 _Look = TypeVar("_Look")
+
+GREEDY_TOKENS = 24
 
 # Width, height, number.
 PICTURES: tuple[Size, ...] = (
@@ -44,6 +47,12 @@ class PromptCase:
     def pictures(self) -> tuple[Size, ...]:
         """The pictures in order."""
         return tuple(part for part in self.parts if not isinstance(part, str))
+
+    @property
+    def question(self) -> str:
+        """The message as one text for `Model.ask`, with the automatic alias in each picture's place."""
+        numbers = count(1)
+        return "".join(part if isinstance(part, str) else f"<image_{next(numbers)}>" for part in self.parts)
 
     def messages(self) -> list[dict[str, Any]]:
         """Give the conversation as transformers takes it."""
@@ -79,13 +88,13 @@ TEXTS = (
     "1234567890 3.14159 ½ ² Ⅷ ٣",
     "I've they'RE don'T we'Ll 'S'",
     "héllo wörld naïve ﬁne",
-    "日本語のテキスト 你好，世界",
+    "日本語のテキスト 你好\uff0c世界",
     "emoji \U0001f642\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f1e9\U0001f1ea done",
     "русский العربية हिन्दी ไทย 한국어",
     "decomposed e\u0301 a\u0308 \u1100\u1161, and signs \u212a \u212b",
     "ƒ(x)=∑ᵢ xᵢ² ≤ ∞ !!!???...---",
     "zero\u200bwidth \ufeff \u00a0 \u3000 \u2028 \u0085 \x0b\x0c \x00 \x1f \x7f",
-    "İstanbul ſtraße it'\u017f ok",
+    "İstanbul \u017ftraße it'\u017f ok",
     "<|im_end|> <|endoftext|><|im_start|>x",
     '<tool_call>{"a": 1}</tool_call> <think>\nx\n</think> <tool_response>',
     "<|not_a_token|> <im_end> <| im_end |>",

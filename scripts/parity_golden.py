@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
-from parity_case import GOLDEN_PICTURES, PROMPTS, TEXTS, PromptCase
+
+from parity_case import GOLDEN_PICTURES, GREEDY_TOKENS, PROMPTS, TEXTS, PromptCase
 from parity_picture import make_picture
 
 if TYPE_CHECKING:
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
 __all__ = ["Golden", "GoldenPicture", "GoldenPrompt", "golden_path", "read", "write"]
 
 _KEPT_ROWS = 10
-_GREEDY_TOKENS = 24
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -64,9 +64,7 @@ def write(path: Path, reference: "Reference") -> None:
     """Write a family's arrays, whole or not at all."""
     arrays: dict[str, NDArray[Any]] = {}
     facts = {
-        "pictures": [
-            _write_picture(index, size, reference, arrays) for index, size in enumerate(GOLDEN_PICTURES)
-        ],
+        "pictures": [_write_picture(index, size, reference, arrays) for index, size in enumerate(GOLDEN_PICTURES)],
         "prompts": [_write_prompt(index, case, reference, arrays) for index, case in enumerate(PROMPTS)],
         "texts": [[text, reference.tokenize(reference.render(PromptCase((text,)).messages()))] for text in TEXTS],
     }
@@ -100,9 +98,8 @@ def _write_prompt(
     pictures = [make_picture(*size) for size in case.pictures]
     ids = reference.tokenize(reference.render(case.messages()), pictures)
     arrays[f"logits{index}"] = reference.evaluate(ids, pictures).logits[-1]
-    tokens = reference.generate(ids, pictures, _GREEDY_TOKENS)
-    text = reference.tokenizer.decode(tokens, clean_up_tokenization_spaces=False)
-    return {"name": case.name, "parts": case.parts, "tokens": tokens, "text": text}
+    tokens = reference.generate(ids, pictures, GREEDY_TOKENS)
+    return {"name": case.name, "parts": case.parts, "tokens": tokens, "text": reference.decode(tokens)}
 
 
 def read(path: Path) -> Golden:

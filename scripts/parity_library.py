@@ -10,6 +10,9 @@ from types import TracebackType
 from typing import Literal
 
 import numpy as np
+from numpy.typing import NDArray
+from typing_extensions import Self
+
 from lookonce.embedding import ImageEmbedding
 from lookonce.images import QWEN2_VL, QWEN3_VL, Picture, fit, open_picture
 from lookonce.native.capture import Capture
@@ -17,12 +20,10 @@ from lookonce.native.text import Context, ContextOptions, KvType, TextModel
 from lookonce.native.vision import VisionTower
 from lookonce.prompt import ChatTemplate, Message, Part, Prompt, TokenRun, assemble
 from model_maker.shape import Shape
-from numpy.typing import NDArray
-from typing_extensions import Self
 
 __all__ = ["DEFAULT", "EXACT", "Evaluation", "Library", "Setting"]
 
-_THREADS = 2
+_THREADS = 1  # the models are tiny, and ggml's threads wait by spinning: on a busy machine two take far longer
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,9 +137,10 @@ class Library:
                     logits += self._kept(len(piece) if outputs == "all" else 1)
             else:
                 positions = run.positions + position
-                self._context.decode_rows(run.rows, positions, causal=run.causal, outputs=outputs)
+                kept: Literal["all", "none"] = "all" if outputs == "all" else "none"
+                self._context.decode_rows(run.rows, positions, causal=run.causal, outputs=kept)
                 position += run.advance
-                logits += self._kept(run.stop - run.start if outputs == "all" else 1)
+                logits += self._kept(len(positions) if kept == "all" else 0)
         return np.stack(logits), position
 
     def _kept(self, count: int) -> list[NDArray[np.float32]]:
@@ -156,5 +158,3 @@ class Library:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
-
-

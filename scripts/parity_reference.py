@@ -8,16 +8,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import tokenizers
+import tokenizers  # type: ignore[import-not-found,unused-ignore]
 import torch
 import transformers
+from numpy.typing import NDArray
+from PIL import Image
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
 from model_maker.shape import Shape
 from model_maker.template import CHAT_TEMPLATES
 from model_maker.vocabulary import Vocabulary
 from model_maker.weight import Weights
-from numpy.typing import NDArray
-from PIL import Image
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 __all__ = ["Evaluation", "Reference"]
 
@@ -49,7 +50,7 @@ class Evaluation:
 
 
 class Reference:
-    """One model of transformers in F32 on the CPU, with eager attention."""
+    """One model of transformers in F32 on the CPU."""
 
     def __init__(self, shape: Shape, weights: Weights, vocabulary: Vocabulary) -> None:
         self._shape = shape
@@ -70,7 +71,6 @@ class Reference:
         mean, std = np.array(self.processor.image_mean), np.array(self.processor.image_std)
         return np.rint((image * std + mean) * 255).astype(np.uint8), patches, grid
 
-    @torch.no_grad()
     def look(self, picture: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Give the vision tower's tokens before the projector, and the rows: projected tokens and DeepStack's."""
         made = self.processor(Image.fromarray(picture), return_tensors="pt")
@@ -78,7 +78,10 @@ class Reference:
         visual = self.model.model.visual
         hook = visual.blocks[-1].register_forward_hook(lambda module, given, result: tower.append(result))
         try:
-            seen = self.model.model.get_image_features(made["pixel_values"], made["image_grid_thw"], return_dict=True)
+            with torch.inference_mode():
+                seen = self.model.model.get_image_features(
+                    made["pixel_values"], made["image_grid_thw"], return_dict=True
+                )
         finally:
             hook.remove()
         parts = [torch.cat(list(seen.pooler_output))]
@@ -99,7 +102,10 @@ class Reference:
             ids += [token] * int(rows)
         return ids
 
-    @torch.no_grad()
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Give the text of tokens."""
+        return str(self.tokenizer.decode(list(tokens), clean_up_tokenization_spaces=False))
+
     def evaluate(self, tokens: list[int], pictures: Sequence[NDArray[np.uint8]] = ()) -> Evaluation:
         """Run the model once over a whole prompt."""
         layers: list[torch.Tensor] = []
@@ -110,20 +116,18 @@ class Reference:
             for layer in self.model.model.language_model.layers
         ]
         try:
-            logits = self.model(**self._inputs(tokens, pictures), use_cache=False).logits[0]
+            with torch.inference_mode():
+                logits = self.model(**self._inputs(tokens, pictures), use_cache=False).logits[0]
         finally:
             for hook in hooks:
                 hook.remove()
         return Evaluation(tokens, logits.numpy(), [layer.reshape(len(tokens), -1).numpy() for layer in layers])
 
-    @torch.no_grad()
     def generate(self, tokens: list[int], pictures: Sequence[NDArray[np.uint8]], count: int) -> list[int]:
-        """Give the greedy continuation, each step evaluated from the start: no cache can be at fault."""
-        grown = list(tokens)
-        for _ in range(count):
-            logits = self.model(**self._inputs(grown, pictures), use_cache=False).logits[0, -1]
-            grown.append(int(logits.argmax()))
-        return grown[len(tokens) :]
+        """Give the greedy continuation, by transformers' own generation."""
+        options = transformers.GenerationConfig(max_new_tokens=count, do_sample=False)
+        grown = self.model.generate(**self._inputs(tokens, pictures), generation_config=options)
+        return [int(token) for token in grown[0, len(tokens) :]]
 
     def _inputs(self, tokens: list[int], pictures: Sequence[NDArray[np.uint8]]) -> dict[str, torch.Tensor]:
         ids = torch.tensor([tokens])
@@ -136,9 +140,7 @@ class Reference:
 
 def _tokenizer(family: str, vocabulary: Vocabulary) -> transformers.PreTrainedTokenizerFast:
     added = vocabulary.control | vocabulary.user_defined
-    regular = {
-        token: index for index, token in enumerate(vocabulary.tokens) if index not in added | vocabulary.unused
-    }
+    regular = {token: index for index, token in enumerate(vocabulary.tokens) if index not in added | vocabulary.unused}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=regular, merges=list(vocabulary.merges)))
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -149,9 +151,7 @@ def _tokenizer(family: str, vocabulary: Vocabulary) -> transformers.PreTrainedTo
     )
     backend.decoder = tokenizers.decoders.ByteLevel()
     for index in sorted(added):
-        token = tokenizers.AddedToken(
-            vocabulary.tokens[index], special=index in vocabulary.control, normalized=False
-        )
+        token = tokenizers.AddedToken(vocabulary.tokens[index], special=index in vocabulary.control, normalized=False)
         backend.add_special_tokens([token]) if token.special else backend.add_tokens([token])
     made = transformers.PreTrainedTokenizerFast(tokenizer_object=backend)
     made.chat_template = CHAT_TEMPLATES[family]
@@ -210,9 +210,11 @@ def _model(shape: Shape, weights: Weights, vocabulary: Vocabulary) -> Any:
         vision_end_token_id=vocabulary.id_of("<|vision_end|>"),
         tie_word_embeddings=text.tied,
     )
-    config._attn_implementation = "eager"
+    config._attn_implementation = "sdpa"
     model = model_class(config).to(torch.float32).eval()
-    missing, unexpected = model.load_state_dict({name: torch.from_numpy(weights[name]) for name in weights}, strict=False)
+    missing, unexpected = model.load_state_dict(
+        {name: torch.from_numpy(weights[name]) for name in weights}, strict=False
+    )
     allowed = {"lm_head.weight"} if text.tied else set()
     if set(missing) - allowed or unexpected:
         raise RuntimeError(f"the weights do not fit transformers' model: missing {missing}, unexpected {unexpected}")

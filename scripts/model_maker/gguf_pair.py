@@ -13,7 +13,7 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
-from .shape import FAMILIES, Shape
+from .shape import Shape
 from .template import CHAT_TEMPLATES
 from .vocabulary import Vocabulary
 from .weight import Weights
@@ -76,7 +76,7 @@ class _Tensor:
     make: Callable[[], NDArray[np.float32]]
 
 
-def write_text(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabulary, type: str, name: str) -> None:
+def write_text(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabulary, *, type: str, name: str) -> None:
     """Write the text model to `path`, whole or not at all."""
     arch = "qwen3vl" if shape.family == "qwen3vl" else "qwen2vl"
     tensors = [
@@ -90,10 +90,10 @@ def write_text(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabular
         _add_text_shape(writer, shape)
         _add_vocabulary(writer, shape, vocabulary)
 
-    _write(path, arch, name, type, describe, tensors)
+    _write(path, tensors, describe, arch=arch, type=type, name=name)
 
 
-def write_projector(path: Path, shape: Shape, weights: Weights, type: str, name: str) -> None:
+def write_projector(path: Path, shape: Shape, weights: Weights, *, type: str, name: str) -> None:
     """Write the projector file to `path`, whole or not at all."""
     tensors = [
         tensor for key in weights if key.startswith("model.visual.") for tensor in _vision_tensors(key, shape, weights)
@@ -103,7 +103,7 @@ def write_projector(path: Path, shape: Shape, weights: Weights, type: str, name:
         writer.add_type(gguf.GGUFType.MMPROJ)
         _add_vision_shape(writer, shape)
 
-    _write(path, "clip", name, type, describe, tensors)
+    _write(path, tensors, describe, arch="clip", type=type, name=name)
 
 
 def _add_text_shape(writer: gguf.GGUFWriter, shape: Shape) -> None:
@@ -187,7 +187,9 @@ def _vision_tensors(key: str, shape: Shape, weights: Weights) -> Iterator[_Tenso
     if key.endswith("patch_embed.proj.weight"):
         for frame, suffix in enumerate(("", ".1")):
             yield _Tensor(
-                name + suffix, whole[:2][:1] + (3, *whole[3:]), lambda frame=frame: weights[key][:, :, frame]  # type: ignore[misc]
+                name + suffix,
+                (*whole[:2], *whole[3:]),
+                lambda frame=frame: weights[key][:, :, frame],  # type: ignore[misc]
             )
     elif ".attn.qkv." in key and shape.family == "qwen2.5vl":
         width = whole[0] // 3
@@ -215,11 +217,12 @@ def _ggml_type(tensor: _Tensor, type: str) -> GgmlType:
 
 def _write(
     path: Path,
-    arch: str,
-    name: str,
-    type: str,
-    describe: Callable[[gguf.GGUFWriter], None],
     tensors: list[_Tensor],
+    describe: Callable[[gguf.GGUFWriter], None],
+    *,
+    arch: str,
+    type: str,
+    name: str,
 ) -> None:
     partial = path.with_name(f".{path.name}.{os.getpid()}.part")
     writer = gguf.GGUFWriter(partial, arch)
@@ -234,6 +237,7 @@ def _write(
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
+        writer.close()
         partial.unlink(missing_ok=True)
 
 

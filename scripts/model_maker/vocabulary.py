@@ -9,19 +9,19 @@ from itertools import product
 
 __all__ = ["Vocabulary", "build_vocabulary", "byte_alphabet"]
 
-_CONTROL = tuple(
-    "endoftext im_start im_end object_ref_start object_ref_end box_start box_end quad_start quad_end vision_start "
-    "vision_end vision_pad image_pad video_pad".split()
+_CONTROL = (
+    "<|endoftext|> <|im_start|> <|im_end|> <|object_ref_start|> <|object_ref_end|> <|box_start|> <|box_end|> "
+    "<|quad_start|> <|quad_end|> <|vision_start|> <|vision_end|> <|vision_pad|> <|image_pad|> <|video_pad|>"
 )
-_FILL_IN_MIDDLE = tuple("fim_prefix fim_middle fim_suffix fim_pad repo_name file_sep".split())
-_TOOL = ("<tool_call>", "</tool_call>")
-_QWEN3 = ("<tool_response>", "</tool_response>", "<think>", "</think>")
+_TOOL = "<tool_call> </tool_call>"
+_FILL_IN_MIDDLE = "<|fim_prefix|> <|fim_middle|> <|fim_suffix|> <|fim_pad|> <|repo_name|> <|file_sep|>"
+_QWEN3 = "<tool_response> </tool_response> <think> </think>"
 _FIRST_SPECIAL_ID = 151_643
 
 _WORDS = (
     "the é ü 日 你 я in er on at is and an ing system user assistant You are a helpful picture image Describe describe "
     "What what colour color red green blue yellow white black square circle triangle left right top bottom above below "
-    "of this Compare with How many there how that one two three cat dog you it for to from between Picture ... ’"
+    "of this Compare with How many there how that one two three cat dog you it for to from between Picture ..."
 )
 
 
@@ -65,8 +65,8 @@ def byte_alphabet() -> dict[int, str]:
 
 def build_vocabulary(family: str, size: int) -> Vocabulary:
     """Build a vocabulary of exactly `size` ids for a family; the same ids for the same arguments."""
-    specials = [f"<|{name}|>" for name in _CONTROL] + list(_TOOL)
-    specials += [f"<|{name}|>" for name in _FILL_IN_MIDDLE] + (list(_QWEN3) if family == "qwen3vl" else [])
+    added = [_CONTROL, _TOOL, _FILL_IN_MIDDLE, *([_QWEN3] if family == "qwen3vl" else [])]
+    specials = " ".join(added).split()
     n_regular = _FIRST_SPECIAL_ID if size > _FIRST_SPECIAL_ID else size - len(specials)
     alphabet = list(byte_alphabet().values())
     merges = _merges(n_regular - len(alphabet), alphabet)

@@ -129,9 +129,7 @@ def _mergers(shape: Shape) -> dict[str, _Spec]:
     merged, out = width * shape.vision.merge_size**2, shape.text.hidden_size
     if shape.family == "qwen2.5vl":
         mlp = {"mlp.0.weight": _linear(merged, merged, 1.4), "mlp.2.weight": _linear(out, merged, 1.4)}
-        return {
-            f"merger.{name}": spec for name, spec in {"ln_q.weight": _norm(width), **_with_biases(mlp)}.items()
-        }
+        return {f"merger.{name}": spec for name, spec in {"ln_q.weight": _norm(width), **_with_biases(mlp)}.items()}
 
     def merger(norm_width: int, gain: float) -> dict[str, _Spec]:
         return _with_biases(

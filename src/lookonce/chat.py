@@ -2,7 +2,8 @@
 
 import codecs
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from types import MappingProxyType, TracebackType
@@ -16,7 +17,7 @@ from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine
 from lookonce.errors import PromptError
 from lookonce.images import PictureSource
-from lookonce.looker import LookOptions
+from lookonce.looker import LookOptions, PendingLook
 from lookonce.prompt import Message, Prompt, name_looks, place_looks
 from lookonce.sampling import Sampling, SamplingOptions
 from lookonce.sequences import Turn, refuse_overflow
@@ -87,7 +88,12 @@ class _Asked:
 
 
 class ReplyStream(Iterator[str]):
-    """A reply piece by piece. Closing it, or an exception in the loop over it, leaves the model as usable as before."""
+    """A reply piece by piece. Closing it, or an exception in the loop over it, leaves the model as usable as before.
+
+    A stream that is forgotten is closed.
+    """
+
+    _open = False
 
     def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling, asked: _Asked) -> None:
         self._engine = engine
@@ -98,45 +104,57 @@ class ReplyStream(Iterator[str]):
         self._text = _StoppedText(sampling.stop_texts)
         self._finish: FinishReason = "closed"
         self._first = self._last = asked.looked
-        self._pieces = self._generate()
+        self._token: int | None = None
+        self._open = True
 
     def __next__(self) -> str:
-        return next(self._pieces)
+        while self._open:
+            try:
+                piece = self._advance()
+            except BaseException:
+                self.drop()
+                raise
+            if piece:
+                return piece
+        raise StopIteration
 
-    def _generate(self) -> Generator[str, None, None]:
-        try:
-            for token in self._tokens():
-                if piece := self._text.add(self._engine.text.piece(token)):
-                    yield piece
-                if self._text.stopped:
-                    self._finish = "stop"
-                    break
-            if piece := self._text.rest():
-                yield piece
-        except GeneratorExit:
-            self._asked.answered(self._text.given)
-            raise
-        finally:
-            self._release()
-        self._asked.answered(self._text.given)
-
-    def _tokens(self) -> Iterator[int]:
+    def _advance(self) -> str:
+        """Generate one token; give the text that is certain by it."""
         engine, turn = self._engine, self._turn
-        token = engine.first_token(turn, self._sampler)
-        self._first = self._last = time.perf_counter()
-        while not engine.text.ends_generation(token):
-            turn.n_drawn += 1
-            yield token
-            if turn.n_drawn == self._sampling.max_tokens or turn.n_cells + 1 >= engine.n_ctx:
-                self._finish = "length"
-                return
-            token = engine.next_token(turn, self._sampler, token)
-            self._last = time.perf_counter()
-        self._finish = "stop"
+        token = self._draw()
+        if engine.text.ends_generation(token):
+            return self._end("stop")
+        self._token = token
+        turn.n_drawn += 1
+        piece = self._text.add(engine.text.piece(token))
+        if self._text.stopped:
+            return piece + self._end("stop")
+        if turn.n_drawn == self._sampling.max_tokens or turn.n_cells + 1 >= engine.n_ctx:
+            return piece + self._end("length")
+        return piece
 
-    def _release(self) -> None:
-        self._turn.end()
-        self._sampler.close()
+    def _draw(self) -> int:
+        if self._token is None:
+            token = self._engine.first_token(self._turn, self._sampler)
+            self._first = self._last = time.perf_counter()
+        else:
+            token = self._engine.next_token(self._turn, self._sampler, self._token)
+            self._last = time.perf_counter()
+        return token
+
+    def _end(self, reason: FinishReason) -> str:
+        piece = self._text.rest()
+        self._finish = reason
+        self.drop()
+        self._asked.answered(self._text.given)
+        return piece
+
+    def drop(self) -> None:
+        """Stop generating as if the question had not been asked: the turn does not count. May be called twice."""
+        if self._open:
+            self._open = False
+            self._turn.end()
+            self._sampler.close()
 
     @property
     def reply(self) -> Reply:
@@ -156,9 +174,14 @@ class ReplyStream(Iterator[str]):
         )
 
     def close(self) -> None:
-        """Stop generating; may be called twice."""
-        self._pieces.close()
-        self._release()  # a generator that never started runs no finally
+        """Stop generating; the turn counts as far as it came, if it began. May be called twice."""
+        if self._open:
+            self.drop()
+            if self._token is not None:
+                self._asked.answered(self._text.given)
+
+    def __del__(self) -> None:
+        self.close()
 
     def __enter__(self) -> Self:
         return self
@@ -219,11 +242,14 @@ class Chat:
     ) -> None:
         if system is not None and not isinstance(system, str):
             raise PromptError(f"system is a {type(system).__name__}: give a text")
+        self._messages: list[Message] = [] if system is None else [Message("system", (system,))]
+        for message in self._messages:
+            engine.template.refuse_markup(message)
         self._engine = engine
         self._look = look or LookOptions()
         self._waiting: tuple[PictureSource | ImageEmbedding, ...] = _checked_images(images)
         self._known: dict[str, ImageEmbedding] = {}
-        self._messages: list[Message] = [] if system is None else [Message("system", (system,))]
+        self._under_way: weakref.ref[ReplyStream] | None = None
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -257,13 +283,16 @@ class Chat:
 
         A picture stands where its alias stands in the prompt: its own, or `<image_N>`, N being its number in the
         conversation. The others come before the text. `options` are those of `Sampling`. With `stream` the reply
-        comes as it is generated; the turn counts once the stream has ended or was closed.
+        comes as it is generated; the turn counts once the stream has ended or was closed, and the next question closes
+        one that is still under way.
 
         Raises PromptError for a prompt, alias or option that cannot be used, ContextError where it does not fit,
         PictureError and ModelFileError for what cannot be looked at; the conversation is then as it was.
         """
         started = time.perf_counter()
         sampling = Sampling(**options)
+        if self._under_way is not None and (before := self._under_way()) is not None:
+            before.close()
         new, message = self._place(prompt, (*self._waiting, *_checked_images(images)))
         looked = time.perf_counter()
         messages = [*self._messages, message]
@@ -273,14 +302,17 @@ class Chat:
             self._known |= new
             self._waiting = ()
 
-        prepared = self._engine.prompt(messages)
-        refuse_overflow(prepared.n_tokens, prepared.n_rows, self._engine.n_ctx)
-        stream_ = ReplyStream(self._engine, prepared, sampling, _Asked(started, looked, tuple(new.values()), answered))
+        whole = self._engine.prompt(messages)
+        refuse_overflow(whole.n_tokens, whole.n_rows, self._engine.n_ctx)
+        stream_ = ReplyStream(self._engine, whole, sampling, _Asked(started, looked, tuple(new.values()), answered))
         if stream:
+            self._under_way = weakref.ref(stream_)
             return stream_
-        with stream_:
+        try:
             for _ in stream_:
                 pass
+        finally:
+            stream_.drop()  # nobody has seen a part of it
         return stream_.reply
 
     def _place(
@@ -288,20 +320,17 @@ class Chat:
     ) -> tuple[dict[str, ImageEmbedding], Message]:
         if not isinstance(prompt, str):
             raise PromptError(f"the prompt is a {type(prompt).__name__}: give a text")
-        if not sources and not prompt.strip():
-            raise PromptError("the prompt is empty and there is no picture: write a question, or give a picture")
-        parts = [part for message in self._messages for part in message.parts]
-        looks = self._engine.look_within(
-            sources,
-            self._look,
-            n_tokens=sum(len(self._engine.text.tokenize(part)) for part in (prompt, *parts) if isinstance(part, str)),
-            n_rows=sum(part.n_rows for part in parts if isinstance(part, ImageEmbedding)),
-        )
-        new = name_looks(looks, self._known)
+        prepared = self._engine.prepare(sources, self._look)
+        counted = place_looks(prompt, name_looks(prepared, self._known), self._known)
+        if any(isinstance(one, PendingLook) for one in prepared):
+            self._engine.refuse([*self._messages, Message("user", counted)])
+        new = name_looks(self._engine.finish(prepared), self._known)
         return new, Message("user", place_looks(prompt, new, self._known))
 
 
 def _checked_images(images: Images) -> tuple[PictureSource | ImageEmbedding, ...]:
     if isinstance(images, str | bytes | PathLike | ImageEmbedding | Image.Image | np.ndarray):
         raise PromptError(f"images is one {type(images).__name__}: give a list of pictures, even for one")
+    if not isinstance(images, Iterable):
+        raise PromptError(f"images is {images!r}: give a list of pictures")
     return tuple(images)

@@ -237,9 +237,7 @@ def _check_alias(alias: str | None) -> None:
 
 def _check_arrays(rows: NDArray[Any], positions: NDArray[Any]) -> None:
     if rows.ndim != 2 or 0 in rows.shape or rows.dtype not in (np.float16, np.float32):
-        raise SavedLookError(
-            f"rows are {rows.dtype} of shape {rows.shape}, expected F16 or F32 (n_rows, width)"
-        )
+        raise SavedLookError(f"rows are {rows.dtype} of shape {rows.shape}, expected F16 or F32 (n_rows, width)")
     if positions.shape != (rows.shape[0], 3) or positions.dtype != np.int32:
         raise SavedLookError(
             f"positions are {positions.dtype} of shape {positions.shape}, expected int32 ({rows.shape[0]}, 3)"
@@ -299,9 +297,7 @@ def _metadata(look: ImageEmbedding) -> dict[str, str]:
     ]
     metadata = {"format_version": str(FORMAT_VERSION), "segments": compact_json(segments)}
     metadata |= {name: getattr(look, name) for name in _PLAIN_FIELDS}
-    metadata |= {
-        name: compact_json(getattr(look, name)) for name in ("grid", "mrope", "picture_size", "encoded_size")
-    }
+    metadata |= {name: compact_json(getattr(look, name)) for name in ("grid", "mrope", "picture_size", "encoded_size")}
     metadata["libraries"] = compact_json(dict(look.libraries))
     metadata["sha256"] = _checksum(metadata, look.rows, look.positions)
     return metadata

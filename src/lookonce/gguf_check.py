@@ -63,8 +63,7 @@ def check_text_model(gguf: GgufFile) -> None:
     """
     if _is_projector(gguf):
         raise ModelFileError(
-            f"{gguf.path} is a projector file (mmproj), but a text model was expected: "
-            "give it as mmproj= / --mmproj"
+            f"{gguf.path} is a projector file (mmproj), but a text model was expected: give it as mmproj= / --mmproj"
         )
     arch = gguf.architecture
     if not arch:
@@ -142,9 +141,7 @@ def input_width(text: GgufFile) -> int:
 def family(projector: GgufFile) -> str:
     """Return `qwen2vl`, `qwen2.5vl`, `qwen3vl`, or another projector's type as it is written, or nothing."""
     keys = ("clip.projector_type", "clip.vision.projector_type")
-    kind = next(
-        (value for key in keys if isinstance(value := projector.metadata.get(key), str) and value), ""
-    )
+    kind = next((value for key in keys if isinstance(value := projector.metadata.get(key), str) and value), "")
     return _FAMILIES.get(kind, kind)
 
 
@@ -169,9 +166,7 @@ def _check_experts(gguf: GgufFile) -> None:
     most = max(used, default=0) if isinstance(used, tuple) else used
     groups = integer(gguf, f"{arch}.expert_group_count", 0, _MAX_EXPERTS, 0)
     chosen = integer(gguf, f"{arch}.expert_group_used_count", 0, _MAX_EXPERTS, 0)
-    whole = (
-        isinstance(most, int) and min(count, 1) <= most <= count and (groups < count or groups == count == 0)
-    )
+    whole = isinstance(most, int) and min(count, 1) <= most <= count and (groups < count or groups == count == 0)
     if not whole or (groups > 1 and (count % groups or not 0 < chosen < groups)):
         raise wrong(gguf, f"uses {most} of {count} experts and {chosen} of {groups} groups, which cannot be")
 

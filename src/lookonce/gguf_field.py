@@ -29,9 +29,7 @@ def integer(gguf: GgufFile, key: str, low: int, high: int, default: int | None =
     if not isinstance(value, int) or kind != "u32":
         raise wrong(gguf, f"has {key} as {kind}, not u32")
     if not low <= value <= high:
-        raise wrong(
-            gguf, f"has {value:,} as {key}, not {f'{low:,} to {high:,}' if low < high else f'{low:,}'}"
-        )
+        raise wrong(gguf, f"has {value:,} as {key}, not {f'{low:,} to {high:,}' if low < high else f'{low:,}'}")
     return value
 
 

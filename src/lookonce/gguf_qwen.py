@@ -36,14 +36,8 @@ def check_qwen_text(gguf: GgufFile, layers: int, n_tokens: int) -> None:
     heads = integer(gguf, f"{arch}.attention.head_count", 1, width)
     kv_heads = integer(gguf, f"{arch}.attention.head_count_kv", 1, heads, heads)
     head = integer(gguf, f"{arch}.attention.key_length", 2, width, width // heads)
-    if (
-        heads % kv_heads
-        or head % 2
-        or (head * heads != width and f"{arch}.attention.key_length" not in gguf.types)
-    ):
-        raise wrong(
-            gguf, f"has {heads} heads of {head} with {kv_heads} for keys and width {width:,}, which cannot be"
-        )
+    if heads % kv_heads or head % 2 or (head * heads != width and f"{arch}.attention.key_length" not in gguf.types):
+        raise wrong(gguf, f"has {heads} heads of {head} with {kv_heads} for keys and width {width:,}, which cannot be")
     # The graph asserts that keys, values and rotation are of one size; rope divides by the sections' sum.
     integer(gguf, f"{arch}.attention.value_length", head, head, head)
     integer(gguf, f"{arch}.rope.dimension_count", head, head, head)
@@ -146,8 +140,8 @@ def _check_stem(gguf: GgufFile, family: str, width: int) -> None:
             raise wrong(gguf, f"has the tensor {name}, which {family} has not")
     if family == "qwen3vl":
         require(gguf, "v.patch_embd.bias", width)
-        positions = gguf.tensors.get("v.position_embd.weight")
-        side = math.isqrt(positions.shape[1]) if positions and len(positions.shape) > 1 else 1
+        # libmtmd stretches the square of learned positions over the picture; ggml stretches F32 alone.
+        side = max(2, math.isqrt(_dimension(gguf, "v.position_embd.weight", 1)))
         require(gguf, "v.position_embd.weight", width, side * side, types=("F32",))
 
 
@@ -170,8 +164,9 @@ def _check_vision_layer(gguf: GgufFile, family: str, blk: str, width: int) -> No
         # Older converters wrote the two under each other's names; clip.cpp swaps them back.
         up, down = down, up
     hidden = _dimension(gguf, up + ".weight", 1)
-    # Those converters also wrote 0 for the width.
-    if integer(gguf, "clip.vision.feed_forward_length", 0, _MAX_INT, 0) not in (0, hidden):
+    # clip.cpp does not use the key, and of Qwen2-VL converters write 0 or the text model's width.
+    written = integer(gguf, "clip.vision.feed_forward_length", 0, _MAX_INT)
+    if family != "qwen2vl" and written != hidden:
         raise wrong(gguf, f"has {up}.weight {hidden:,} wide, which is not clip.vision.feed_forward_length")
     require(gguf, up + ".weight", width, hidden)
     optional(gguf, up + ".bias", hidden)
@@ -186,9 +181,7 @@ def _check_merger(gguf: GgufFile, family: str, width: int, layers: int) -> None:
     """Check the projector and, of Qwen3-VL, its DeepStack branches: each merges 2 x 2 patches into one row."""
     rows = integer(gguf, "clip.vision.projection_dim", 1, _MAX_WIDTH)
     deepstack = {i for i in range(layers) if f"v.deepstack.{i}.fc1.weight" in gguf.tensors}
-    branches = [("mm.0", "mm.2")] + [
-        (f"v.deepstack.{i}.fc1", f"v.deepstack.{i}.fc2") for i in sorted(deepstack)
-    ]
+    branches = [("mm.0", "mm.2")] + [(f"v.deepstack.{i}.fc1", f"v.deepstack.{i}.fc2") for i in sorted(deepstack)]
     for first, second in branches:
         hidden = _dimension(gguf, first + ".weight", 1)
         require(gguf, first + ".weight", 4 * width, hidden)
@@ -203,9 +196,7 @@ def _check_merger(gguf: GgufFile, family: str, width: int, layers: int) -> None:
             raise wrong(gguf, f"has the tensor {name}, but {layers} layers (clip.vision.block_count)")
     flags = gguf.metadata.get("clip.vision.is_deepstack_layers")
     if flags is not None and flags != tuple(i in deepstack for i in range(layers)):
-        raise wrong(
-            gguf, f"has DeepStack tensors for {sorted(deepstack)}, which its is_deepstack_layers denies"
-        )
+        raise wrong(gguf, f"has DeepStack tensors for {sorted(deepstack)}, which its is_deepstack_layers denies")
     if family != "qwen3vl" and deepstack:
         raise wrong(gguf, f"has DeepStack tensors, which {family} has not")
 

@@ -59,7 +59,7 @@ DECODE_VERSION = 1
 """Raised by one whenever this module starts to make other pixels from the same file."""
 
 MAX_PICTURE_PIXELS = 2**27
-"""Largest picture that is decoded or made: 134 million pixels, about 0.9 GB of memory while it is open."""
+"""Largest picture that is decoded or made: 134 million pixels, for which Pillow takes up to 2.1 GB of memory."""
 
 MAX_FILE_BYTES = 2**29
 """Largest file that is read: the largest picture, stored uncompressed, takes 0.4 GB."""
@@ -108,8 +108,7 @@ class PixelRule:
             )
         if self.max_pixels > MAX_PICTURE_PIXELS:
             raise PictureError(
-                f"max_pixels {self.max_pixels} is more than any picture may have: "
-                f"expected at most {MAX_PICTURE_PIXELS}"
+                f"max_pixels {self.max_pixels} is more than any picture may have: expected at most {MAX_PICTURE_PIXELS}"
             )
         if self.min_pixels > self.max_pixels:
             raise PictureError(
@@ -348,6 +347,10 @@ def _check_pixels(width: int, height: int, described: str) -> None:
         )
 
 
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
+
+
 @contextmanager
 def _pillow_errors(described: str) -> Iterator[None]:
     """Turn whatever Pillow raises into a PictureError."""
@@ -368,9 +371,8 @@ def _pillow_errors(described: str) -> Iterator[None]:
         raise PictureError(f"{described} does not fit in memory: make it smaller first") from error
     except Exception as error:
         # A damaged file makes Pillow's parsers raise any type at all.
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise PictureError(
-            f"{described} is damaged or incomplete ({reason}): save or fetch the picture again"
+            f"{described} is damaged or incomplete ({_one_line(error)}): save or fetch the picture again"
         ) from error
 
 
@@ -399,7 +401,7 @@ def _orientation(image: Image.Image, described: str) -> Any:
     try:
         return image.getexif().get(0x0112)
     except Exception as error:  # noqa: BLE001 - the pixels are sound, and any viewer shows them as they lie
-        logger.warning("%s has unreadable EXIF data (%s): taken as upright", described, error)
+        logger.warning("%s has unreadable EXIF data (%s): taken as upright", described, _one_line(error))
         return None
 
 

@@ -59,6 +59,7 @@ class PendingLook:
     note: str | None
     n_rows: int
     dtype: RowType
+    alias: None = None
 
 
 class Projector:
@@ -69,6 +70,7 @@ class Projector:
         self.path = gguf.path
         self._store = store
         self._fingerprint: str | None = None
+        self._identity: str | None = None
 
     @property
     def rule(self) -> PixelRule | None:
@@ -85,12 +87,19 @@ class Projector:
         """SHA-256 of the file's content, remembered in the store for as long as the file is unchanged."""
         if self._fingerprint is None:
             note = _file_identity(self.path)
-            known = self._store.recall("fingerprint", note) if self._store else None
-            self._fingerprint = known or gguf_file.fingerprint(self.path)
+            known = _recall_sealed(self._store, "fingerprint", note)
+            fingerprint = known or gguf_file.fingerprint(self.path)
             settled = time.time() - self.path.stat().st_mtime > _SETTLED_S
-            if self._store and known is None and settled and note == _file_identity(self.path):
-                self._store.remember("fingerprint", note, self._fingerprint)
+            if known is None and settled and note == _file_identity(self.path):
+                _remember_sealed(self._store, "fingerprint", note, fingerprint)
+            self._identity = note
+            self._fingerprint = fingerprint
         return self._fingerprint
+
+    def check_unchanged(self) -> None:
+        """Raise ModelFileError where the file is no longer the one that the fingerprint was taken of."""
+        if self._identity is not None and self._identity != _file_identity(self.path):
+            raise ModelFileError(f"{self.path} was changed while the model was loaded: load the model again")
 
 
 _SETTLED_S: Final = 2.0  # a file changed this lately could change again within the clock's resolution
@@ -229,13 +238,15 @@ class Looker:
     def _open_tower(self, projector: Projector) -> VisionTower:
         if self._tower is None:
             started = time.perf_counter()
-            self._tower = VisionTower(
+            tower = VisionTower(
                 projector.path,
                 self._text,
                 threads=self._threads,
                 devices=self._devices,
                 exact_size=projector.rule is not None,
             )
+            projector.check_unchanged()
+            self._tower = tower
             logger.info("loaded the vision tower %s in %.2f s", projector.path, time.perf_counter() - started)
         return self._tower
 
@@ -265,14 +276,23 @@ class Looker:
             return None
 
     def _recall(self, note: str) -> ImageEmbedding | None:
-        # A note is a shortcut, so a damaged one must not lead to another picture's look: it is sealed.
-        sealed = self._store.recall("picture", note) if self._store else None
-        key, _, seal = (sealed or "").partition(":")
-        return self._stored(key) if seal and seal == _digest(note, key) else None
+        key = _recall_sealed(self._store, "picture", note)
+        return None if key is None else self._stored(key)
 
     def _remember(self, note: str | None, key: str) -> None:
-        if self._store and note:
-            self._store.remember("picture", note, f"{key}:{_digest(note, key)}")
+        if note is not None:
+            _remember_sealed(self._store, "picture", note, key)
+
+
+def _recall_sealed(store: Store | None, kind: str, note: str) -> str | None:
+    # A note is a shortcut, so a damaged one must not lead to another picture or projector: it is sealed.
+    value, _, seal = ((store.recall(kind, note) if store else None) or "").partition(":")
+    return value if seal and seal == _digest(kind, note, value) else None
+
+
+def _remember_sealed(store: Store | None, kind: str, note: str, value: str) -> None:
+    if store:
+        store.remember(kind, note, f"{value}:{_digest(kind, note, value)}")
 
 
 def _grid(positions: NDArray[np.int32], segments: tuple[object, ...], *, mrope: bool) -> tuple[int, int]:

@@ -4,12 +4,13 @@ Knows nothing of native code: it is given the function that splits text into tok
 """
 
 import datetime
+import hashlib
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, Protocol, TypeVar
 
 import jinja2
 import numpy as np
@@ -22,7 +23,27 @@ from lookonce.errors import ContextError, PromptError
 
 AUTOMATIC_ALIAS: Final = re.compile(r"<image_\d+>")
 
-Part = str | ImageEmbedding
+
+class Picture(Protocol):
+    """A look, or a picture that was counted and not yet looked at."""
+
+    @property
+    def n_rows(self) -> int:
+        """Number of image rows; 0 where only the tower will tell."""
+
+    @property
+    def alias(self) -> str | None:
+        """The text that stands for it in a prompt."""
+
+
+class Verbatim(str):
+    """A text in which the names of special tokens are text like any other."""
+
+    __slots__ = ()
+
+
+Part = str | Picture
+AnyPicture = TypeVar("AnyPicture", bound=Picture)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +61,7 @@ class TokenRun:
     tokens: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, eq=False)
 class RowRun:
     """Rows of one look that are evaluated in one call.
 
@@ -54,10 +75,14 @@ class RowRun:
     advance: int
     causal: bool
 
-    @property
-    def identity(self) -> tuple[str, int, int]:
-        """What names these rows wherever they are evaluated."""
-        return (self.look.key, self.start, self.stop)
+    @cached_property
+    def identity(self) -> str:
+        """What names these rows wherever they are evaluated: their content, since a look can be made by hand."""
+        rows = self.look.rows[self.start : self.stop]
+        digest = hashlib.sha256(f"{rows.dtype} {rows.shape} {self.advance} {self.causal}".encode())
+        digest.update(rows.data)
+        digest.update(self.positions.data)
+        return digest.hexdigest()
 
     @property
     def rows(self) -> NDArray[np.float32]:
@@ -71,7 +96,7 @@ class RowRun:
 
 
 Run = TokenRun | RowRun
-Unit = int | tuple[str, int, int]
+Unit = int | str
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,12 +124,12 @@ class Prompt:
                 yield run.identity
 
 
-def name_looks(looks: Sequence[ImageEmbedding], known: Mapping[str, ImageEmbedding]) -> dict[str, ImageEmbedding]:
+def name_looks(looks: Sequence[AnyPicture], known: Mapping[str, Picture]) -> dict[str, AnyPicture]:
     """Give each look its alias: its own, or `<image_N>` by its place in the conversation.
 
     `known` are the looks of earlier turns. Raises PromptError where two would share one alias.
     """
-    named: dict[str, ImageEmbedding] = {}
+    named: dict[str, AnyPicture] = {}
     for number, look in enumerate(looks, start=len(known) + 1):
         alias = look.alias or f"<image_{number}>"
         if alias in named or alias in known:
@@ -113,7 +138,7 @@ def name_looks(looks: Sequence[ImageEmbedding], known: Mapping[str, ImageEmbeddi
     return named
 
 
-def place_looks(text: str, new: Mapping[str, ImageEmbedding], known: Mapping[str, ImageEmbedding]) -> tuple[Part, ...]:
+def place_looks(text: str, new: Mapping[str, Picture], known: Mapping[str, Picture]) -> tuple[Part, ...]:
     """Put each picture where its alias stands in `text`; new ones whose alias does not stand there come first.
 
     Raises PromptError for an alias that no picture has, for one that was chosen and does not stand in the text, and
@@ -138,7 +163,7 @@ def place_looks(text: str, new: Mapping[str, ImageEmbedding], known: Mapping[str
     if chosen := [alias for alias in unplaced if not AUTOMATIC_ALIAS.fullmatch(alias)]:
         raise PromptError(f"the alias {chosen[0]!r} does not stand in the prompt: write it where the picture belongs")
     placed = (*(new[alias] for alias in unplaced), *parts)
-    if not any(isinstance(part, ImageEmbedding) or part.strip() for part in placed):
+    if not any(not isinstance(part, str) or part.strip() for part in placed):
         raise PromptError("the prompt is empty and there is no picture: write a question, or give a picture")
     return placed
 
@@ -159,38 +184,65 @@ class ChatTemplate:
         )
         try:
             self._template = environment.from_string(source)
-        except jinja2.TemplateError as error:
+        except (jinja2.TemplateError, SyntaxError, ValueError, RecursionError) as error:
             raise PromptError(f"the model's chat template is not valid Jinja ({error}): use another GGUF") from error
         self._special = {"bos_token": bos, "eos_token": eos}
 
     def render(self, messages: Sequence[Message]) -> tuple[Part, ...]:
         """Render a conversation up to where the model answers, its pictures standing between the texts.
 
-        Raises PromptError where the template refuses the conversation, or a text holds the template's own mark of a
-        picture.
+        Raises PromptError where the template refuses the conversation, or the user's text holds the template's own
+        mark of a picture. A model that wrote the mark itself did so letter by letter, and is given it back so.
         """
-        mark = self._picture_mark
-        markup = re.findall(r"<[^<>\s]+>", mark or "")
-        pictures: list[ImageEmbedding] = []
+        pictures = [part for message in messages for part in message.parts if not isinstance(part, str)]
         contents: list[dict[str, object]] = []
         for message in messages:
-            for part in message.parts:
-                if isinstance(part, ImageEmbedding):
-                    pictures.append(part)
-                elif held := next((one for one in markup if one in part), None):
-                    raise PromptError(f"the text holds {held!r}, which only a picture may place: use an alias instead")
-            contents.append({"role": message.role, "content": self._content(message, mark)})
+            parts = message.parts
+            if message.role == "assistant":
+                parts = tuple(map(self._veiled, parts))
+            else:
+                self.refuse_markup(message)
+            contents.append({"role": message.role, "content": self._content(parts)})
         text = self._run(contents)
-        pieces = text.split(mark or _OWN_MARK)
+        pieces = text.split(self._picture_mark or _OWN_MARK)
         if len(pieces) != len(pictures) + 1:
             raise PromptError(
                 f"the model's chat template placed {len(pieces) - 1} of {len(pictures)} pictures: use the GGUF of a "
                 "vision-language model"
             )
-        merged: list[Part] = [pieces[0]]
+        merged: list[Part] = [*self._unveiled(pieces[0])]
         for picture, piece in zip(pictures, pieces[1:], strict=True):
-            merged += [picture, piece]
-        return tuple(part for part in merged if part)
+            merged += [picture, *self._unveiled(piece)]
+        return tuple(merged)
+
+    def refuse_markup(self, message: Message) -> None:
+        """Raise PromptError where a text holds what the template writes for a picture."""
+        for part in message.parts:
+            if isinstance(part, str) and (held := next((one for one in self._markup if one in part), None)):
+                raise PromptError(
+                    f"the {message.role}'s text holds {held!r}, which only a picture may place: use an alias instead"
+                )
+
+    def _veiled(self, part: Part) -> Part:
+        if not isinstance(part, str):
+            return part
+        for index, one in enumerate(self._markup):
+            part = part.replace(one, f"{_VEIL}{chr(_VEILED + index)}")
+        return part
+
+    def _unveiled(self, text: str) -> Iterator[str]:
+        codes = "".join(chr(_VEILED + index) for index in range(len(self._markup)))
+        for number, piece in enumerate(re.split(f"{_VEIL}([{codes}])", text)):
+            if number % 2:
+                yield Verbatim(self._markup[ord(piece) - _VEILED])
+            elif piece:
+                yield piece
+
+    @cached_property
+    def _markup(self) -> tuple[str, ...]:
+        """The parts of the picture's mark, none of which may stand in a text."""
+        mark = self._picture_mark or _OWN_MARK
+        return tuple(dict.fromkeys(re.findall(r"<[^<>\s]+>", mark))) or (mark,)
 
     @cached_property
     def _picture_mark(self) -> str | None:
@@ -207,24 +259,31 @@ class ChatTemplate:
         found = re.search("\ue000(.+?)\ue001", text, flags=re.DOTALL)
         return found[1].strip() or None if found else None
 
-    def _content(self, message: Message, mark: str | None) -> str | list[dict[str, str]]:
-        if all(isinstance(part, str) for part in message.parts):
-            return "".join(str(part) for part in message.parts)
-        if mark is None:
-            return "".join(part if isinstance(part, str) else _OWN_MARK for part in message.parts)
-        return [
-            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in message.parts
-        ]
+    def _content(self, parts: Sequence[Part]) -> str | list[dict[str, str]]:
+        if all(isinstance(part, str) for part in parts):
+            return "".join(str(part) for part in parts)
+        if self._picture_mark is None:
+            return "".join(part if isinstance(part, str) else _OWN_MARK for part in parts)
+        return [{"type": "text", "text": part} if isinstance(part, str) else {"type": "image"} for part in parts]
 
     def _run(self, messages: Sequence[Mapping[str, object]]) -> str:
         try:
-            return self._template.render(messages=messages, add_generation_prompt=True, **self._special)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError, IndexError, AttributeError) as error:
+            # transformers gives tools and documents too, so that a template may ask whether they are none.
+            return self._template.render(
+                messages=messages, tools=None, documents=None, add_generation_prompt=True, **self._special
+            )
+        except _TEMPLATE_FAULTS as error:
             raise PromptError(f"the model's chat template refuses this conversation: {error}") from error
 
 
 # For a template that knows only texts; two characters of Unicode's private use, which no user's text should hold.
 _OWN_MARK: Final = "\ue002picture\ue003"
+# What stands in an assistant's text for a part of the picture's mark while the template runs: this and its number.
+_VEIL: Final = "\ue004"
+_VEILED: Final = 0xE010
+_TEMPLATE_FAULTS: Final = (
+    *(jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError),
+)
 
 
 @dataclass(slots=True)
@@ -263,30 +322,52 @@ class _RunBuilder:
             self.runs.append(RowRun(look, first, stop, advance, segment.causal))
 
 
-def assemble(
-    parts: Sequence[Part], tokenize: Callable[[str], Sequence[int]], *, bos: int | None, batch_size: int
-) -> Prompt:
-    """Turn rendered texts and pictures into runs.
+class Tokenize(Protocol):
+    """Splits a text into tokens; with `special` the names of special tokens in it are read."""
 
-    `bos` is put before everything where the model wants it and the template did not write it.
+    def __call__(self, text: str, /, *, special: bool) -> Sequence[int]:
+        """Give the token ids."""
+
+
+def count(parts: Sequence[Part], tokenize: Tokenize) -> tuple[int, int]:
+    """How many text tokens and image rows the parts take at least, pictures that were not looked at yet included."""
+    texts = [tokenize(part, special=not isinstance(part, Verbatim)) for part in parts if isinstance(part, str)]
+    return sum(map(len, texts)), sum(part.n_rows for part in parts if not isinstance(part, str))
+
+
+def assemble(
+    parts: Sequence[Part], tokenize: Tokenize, *, bos: int | None, batch_size: int
+) -> Prompt:
+    """Turn rendered texts and looks into runs.
+
+    `bos` is put before everything where the model wants it and the template did not write it. Raises PromptError
+    where nothing is left to evaluate.
     """
     builder = _RunBuilder(batch_size)
     for part in parts:
         if isinstance(part, ImageEmbedding):
             builder.add_look(part)
-        else:
-            builder.add_tokens(tokenize(part))
+        elif isinstance(part, str):
+            builder.add_tokens(tokenize(part, special=not isinstance(part, Verbatim)))
     first = builder.runs[0] if builder.runs else None
     if bos is not None and not (isinstance(first, TokenRun) and first.tokens[0] == bos):
         builder.runs[:1] = (
             [TokenRun((bos, *first.tokens))] if isinstance(first, TokenRun) else [TokenRun((bos,)), *builder.runs[:1]]
         )
+    if not builder.runs:
+        raise PromptError("the prompt is empty once the model's chat template has made it: write a text")
     return Prompt(tuple(builder.runs))
 
 
-def _to_json(value: Any, indent: int | None = None, **_: Any) -> str:
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
     # transformers' filter: no HTML escapes, no ASCII escapes.
-    return json.dumps(value, ensure_ascii=False, indent=indent)
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _raise_exception(message: str) -> None:

@@ -65,7 +65,8 @@ class Sampling:
         self._check_number("repeat_penalty", 0.01, 100.0)
         if self.json_schema is not None and self.grammar is not None:
             raise PromptError("json_schema and grammar were both given: give one of them")
-        if not all(isinstance(text, str) and text for text in self.stop_texts):
+        stops_listed = isinstance(self.stop, str | list | tuple)
+        if not stops_listed or not all(isinstance(text, str) and text for text in self.stop_texts):
             raise PromptError(f"stop is {self.stop!r}: give a text or several, none of them empty")
 
     @property
@@ -83,7 +84,7 @@ class Sampling:
                 json.loads(self.json_schema)
                 return self.json_schema
             return json.dumps(self.json_schema)
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RecursionError) as error:
             raise PromptError(
                 f"json_schema is not JSON ({error}): give a JSON schema as a mapping or its text"
             ) from error

@@ -1,11 +1,14 @@
 """What each sequence of the context holds, and how a prompt is evaluated with the least work.
 
-A prompt is evaluated in calls whose cuts depend on its content alone, and what is kept is reused only up to such a
-cut. So a prompt that finds its beginning kept gives the same logits, to the bit, as one that does not.
+A prompt is evaluated in calls whose cuts depend on its content alone, and what is kept of it is reused only up to such
+a cut. So a prompt that finds the beginning of another kept gives the same logits, to the bit, as one that does not.
+A reply is kept token by token, as it was generated: the next turn of its chat, which reuses it, has the logits of the
+whole conversation evaluated afresh up to rounding, as has a stream that goes on after another took its sequence.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Literal
 
 from lookonce.errors import ContextError
@@ -15,11 +18,12 @@ from lookonce.prompt import Prompt, Run, TokenRun, Unit
 
 @dataclass(frozen=True, slots=True)
 class _Mark:
-    """A place to which a sequence can be cut back."""
+    """A place to which a sequence can be cut back; `generated` says that a reply's token ends there."""
 
     n_units: int
     n_cells: int
     position: int
+    generated: bool = False
 
 
 _START = _Mark(0, 0, 0)
@@ -41,8 +45,11 @@ class _Slot:
     last_use: int = 0
     sound: bool = True
 
-    def reusable(self, units: list[Unit]) -> _Mark:
-        """The last mark up to which `units` equal what is held, leaving at least one unit to evaluate."""
+    def reusable(self, units: list[Unit], cuts: Set[int]) -> _Mark:
+        """The last mark up to which `units` equal what is held, leaving at least one unit to evaluate.
+
+        It is one of `cuts`, or stands in a reply.
+        """
         if not self.sound:
             return _START
         same = 0
@@ -50,9 +57,10 @@ class _Slot:
             if held != wanted:
                 break
             same += 1
-        return next(mark for mark in reversed(self.marks) if mark.n_units <= same)
+        usable = (mark for mark in reversed(self.marks) if mark.generated or mark.n_units in cuts)
+        return next((mark for mark in usable if mark.n_units <= same), _START)
 
-    def hold(self, run: Run) -> None:
+    def hold(self, run: Run, *, generated: bool) -> None:
         """Record what a native call has added."""
         if isinstance(run, TokenRun):
             self.units.extend(run.tokens)
@@ -65,7 +73,7 @@ class _Slot:
         self.position += advance
         # Rows of one picture share their temporal position, so the cache cannot be cut between them.
         if advance:
-            self.marks.append(_Mark(len(self.units), self.n_cells, self.position))
+            self.marks.append(_Mark(len(self.units), self.n_cells, self.position, generated))
 
     def cut(self, mark: _Mark) -> None:
         """Record that everything after `mark` was dropped."""
@@ -130,10 +138,12 @@ class Sequences:
         if turn.generated:
             runs = (*runs, TokenRun(tuple(turn.generated)))
         units = list(Prompt(runs).units())
-        slot = self._choose(units)
+        cuts = self._cuts(runs)
+        slot = self._choose(units, cuts)
         self._own(slot, turn)
-        mark = self._cut_back(slot, units)
-        turn.reused_cells = mark.n_cells
+        mark = self._cut_back(slot, units, cuts)
+        if not turn.generated:
+            turn.reused_cells = mark.n_cells
         self._make_room(turn.n_cells, slot)
         calls = list(self._calls(runs, mark.n_units))
         for index, call in enumerate(calls):
@@ -147,14 +157,14 @@ class Sequences:
             return
         self._own(turn.slot, turn)
         self._make_room(turn.n_cells, turn.slot)
-        self._evaluate(turn.slot, TokenRun((token,)), wanted=True)
+        self._evaluate(turn.slot, TokenRun((token,)), wanted=True, generated=True)
 
-    def _choose(self, units: list[Unit]) -> _Slot:
+    def _choose(self, units: list[Unit], cuts: Set[int]) -> _Slot:
         self._release_ended()
         free = [slot for slot in self._slots if slot.owner is None]
         if not free:
             return min(self._slots, key=lambda slot: slot.last_use)
-        return max(free, key=lambda slot: (slot.reusable(units).n_units, -slot.number))
+        return max(free, key=lambda slot: (slot.reusable(units, cuts).n_units, -slot.number))
 
     def _release_ended(self) -> None:
         # The first sequence keeps what it holds for the next prompt; the others only serve turns that overlap.
@@ -170,18 +180,21 @@ class Sequences:
         slot.owner = turn
         turn.slot = slot
 
-    def _cut_back(self, slot: _Slot, units: list[Unit]) -> _Mark:
-        mark = slot.reusable(units)
+    def _cut_back(self, slot: _Slot, units: list[Unit], cuts: Set[int]) -> _Mark:
+        mark = slot.reusable(units, cuts)
         if mark is _START:
             self._clear(slot)
         elif mark.n_units < len(slot.units):
+            slot.sound = False
             if not self._context.forget(slot.number, mark.position):
                 self._clear(slot)
                 return _START
             slot.cut(mark)
+            slot.sound = True
         return mark
 
     def _clear(self, slot: _Slot) -> None:
+        slot.sound = False
         self._context.forget(slot.number)
         slot.cut(_START)
         slot.sound = True
@@ -210,7 +223,12 @@ class Sequences:
                 yield TokenRun(run.tokens[first : first + size])
             offset += len(run.tokens)
 
-    def _evaluate(self, slot: _Slot, run: Run, *, wanted: bool) -> None:
+    def _cuts(self, runs: tuple[Run, ...]) -> Set[int]:
+        """The places, in units, between the calls that evaluate `runs` from the start."""
+        lengths = (len(call.tokens) if isinstance(call, TokenRun) else 1 for call in self._calls(runs, 0))
+        return frozenset(accumulate(lengths, initial=0))
+
+    def _evaluate(self, slot: _Slot, run: Run, *, wanted: bool, generated: bool = False) -> None:
         """One native call. The slot counts as unsound until its record agrees with the cache again."""
         slot.sound = False
         outputs: Literal["last", "none"] = "last" if wanted else "none"
@@ -219,5 +237,5 @@ class Sequences:
         else:
             positions = run.positions + slot.position
             self._context.decode_rows(run.rows, positions, sequence=slot.number, causal=run.causal, outputs=outputs)
-        slot.hold(run)
+        slot.hold(run, generated=generated)
         slot.sound = True

@@ -4,11 +4,12 @@ Knows nothing about what it keeps: a payload is bytes. The entry files are the t
 so `get` needs no index; the SQLite index holds the order of use, the sizes and the notes, and is made again
 from the files if it is damaged. Whatever is damaged is a logged miss.
 
-A put writes a temporary file, flushes it, and then, holding the index's write lock, renames it, flushes the
-folder, adds the row and evicts. A kill leaves a temporary (swept after an hour), a file without a row (`get`
-finds it and adopts it, as do `check` with repair and `prune`) or a row without a file (a miss that ages out).
-Eviction unlinks before it forgets, and under the same lock, so no file is lost to the count and no fresh put
-to eviction. A file beats its row because readers then wait for nobody: SQLite is no part of an answer.
+A put writes a temporary file and flushes it, adds its row, evicting what must go, and then, holding the index's
+write lock, renames the file and flushes its folder. A kill leaves a temporary (swept after an hour) or a row without
+a file (a miss that counts and ages out). Only a power cut can leave a file without a row, since the index is not
+flushed: `get` finds it and adopts it, as do `check` with repair and `prune`. Eviction unlinks before it forgets, under
+the same lock, so no file is lost to the count and no fresh put to eviction. The files rank above the index because
+readers then wait for nobody: SQLite is no part of an answer.
 """
 
 import logging
@@ -70,9 +71,7 @@ class Store:
     b'rows'
     """
 
-    def __init__(
-        self, folder: str | os.PathLike[str] | None = None, *, limit_bytes: int | None = None
-    ) -> None:
+    def __init__(self, folder: str | os.PathLike[str] | None = None, *, limit_bytes: int | None = None) -> None:
         self.folder = Path(folder or os.environ.get("LOOKONCE_STORE") or _default_folder()).expanduser()
         self.limit_bytes = _read_limit(limit_bytes)
         if self.folder.exists() and not self.folder.is_dir():
@@ -133,7 +132,9 @@ class Store:
         try:
             if not self._settled:
                 self._sweep()
+            # Folders are never removed, so they can be made before it is this writer's turn.
             make_folder(self._temporary, root=self.folder)
+            make_folder(name.path(self._objects).parent, root=self.folder)
             header = make_header(name, payload, label)
             temporary = write_temporary(self._temporary, [header, payload])
             try:
@@ -236,49 +237,72 @@ class Store:
         self._check_open()
         return EntryName(key, kind)
 
-    def _write(
-        self, work: Callable[[Connection], _Result], *, timeout_s: float = _WRITE_TIMEOUT_S
-    ) -> _Result:
+    def _write(self, work: Callable[[Connection], _Result], *, timeout_s: float = _WRITE_TIMEOUT_S) -> _Result:
         """Do `work` in a write transaction; once more on a new index where this one is damaged."""
-        try:
+
+        def once() -> _Result:
             with self._writing.write(timeout_s=timeout_s, create=True) as connection:
                 self._flush_use(connection)
                 return work(connection)
+
+        try:
+            return once()
         except IndexDamage as error:
             _logger.warning("the index of the store %s is damaged: %s", self.folder, error)
             self._writing.mend()
-        with self._writing.write(timeout_s=timeout_s, create=True) as connection:
-            return work(connection)
+        return once()
 
     def _place(self, temporary: Path, name: EntryName, size_bytes: int, label: str) -> None:
         path = name.path(self._objects)
         renamed = known = False
 
-        def place(connection: Connection) -> None:
-            nonlocal renamed, known
-            if not self._settled:
-                store_index.recount(connection)
-                self._settled = True
-            if store_index.total_bytes(connection) > self.limit_bytes:
-                # No put leaves it so: before anything goes, the files themselves are asked.
-                store_index.reconcile(connection, self._objects)
-            if not renamed:
-                known = store_index.has_row(connection, name)
-                make_folder(path.parent, root=self.folder)
-                temporary.replace(path)
-                renamed = True
-                sync_folder(path.parent)
+        def add(connection: Connection) -> None:
             store_index.put_row(connection, name, size_bytes, time.time(), label)
             self._evict(connection, self.limit_bytes, keep=name)
 
+        def reserve(connection: Connection) -> None:
+            nonlocal known
+            self._check_total(connection)
+            known = store_index.has_row(connection, name)
+            if not known:
+                add(connection)
+
+        def place(connection: Connection) -> None:
+            nonlocal renamed
+            if not renamed:
+                temporary.replace(path)
+                renamed = True
+                sync_folder(path.parent)
+            add(connection)
+
         try:
+            # The row comes first, so that a kill between cannot leave a file that the limit does not count.
+            self._write(reserve)
             self._write(place)
         except BaseException:
-            # Uncounted it would grow past the limit; but what was kept before stays kept.
-            if renamed and not known:
-                with suppress(OSError):
-                    path.unlink()
+            if not known:
+                self._withdraw(name, placed=renamed)
             raise
+
+    def _check_total(self, connection: Connection) -> None:
+        if not self._settled:
+            store_index.recount(connection)
+            self._settled = True
+        if store_index.total_bytes(connection) > self.limit_bytes:
+            # Only a damaged index or a lower limit leaves it so: before anything goes, the files are asked.
+            store_index.reconcile(connection, self._objects)
+
+    def _withdraw(self, name: EntryName, *, placed: bool) -> None:
+        """Undo a put that failed, as far as the disk allows."""
+
+        def forget(connection: Connection) -> None:
+            if not name.path(self._objects).exists():
+                store_index.delete_row(connection, name)
+
+        with suppress(OSError, IndexUnavailable, IndexDamage):
+            if placed:
+                name.path(self._objects).unlink(missing_ok=True)
+            self._write(forget, timeout_s=_NOTE_TIMEOUT_S)
 
     def _evict(self, connection: Connection, limit_bytes: int, *, keep: EntryName | None = None) -> int:
         freed_bytes = skipped = 0

@@ -146,9 +146,7 @@ class StoreIndex:
                 with suppress(FileNotFoundError):
                     source = self.path.with_name(self.path.name + suffix)
                     source.replace(source.with_name(source.name + aside))
-            _logger.warning(
-                "%s was damaged: it is set aside as *%s and made again from the files", self.path, aside
-            )
+            _logger.warning("%s was damaged: it is set aside as *%s and made again from the files", self.path, aside)
 
     def close(self) -> None:
         """Close the connection; it opens again when it is used again."""
@@ -280,9 +278,7 @@ def mark_used(connection: sqlite3.Connection, name: EntryName) -> bool:
     return changed.rowcount == 1
 
 
-def put_row(
-    connection: sqlite3.Connection, name: EntryName, size_bytes: int, created_s: float, label: str
-) -> None:
+def put_row(connection: sqlite3.Connection, name: EntryName, size_bytes: int, created_s: float, label: str) -> None:
     """Add or change an entry, as the one used last."""
     delete_row(connection, name)
     connection.execute(
@@ -299,17 +295,13 @@ def delete_row(connection: sqlite3.Connection, name: EntryName) -> bool:
 
 def oldest_rows(connection: sqlite3.Connection, *, skip: int) -> list[tuple[EntryName, int]]:
     """Give up to 64 entries and their sizes in the order they were used, after `skip` of them."""
-    rows = connection.execute(
-        "SELECT key, kind, size_bytes FROM entries ORDER BY used LIMIT 64 OFFSET ?", (skip,)
-    )
+    rows = connection.execute("SELECT key, kind, size_bytes FROM entries ORDER BY used LIMIT 64 OFFSET ?", (skip,))
     return [(_name(key, kind), size) for key, kind, size in rows.fetchall()]
 
 
 def read_rows(connection: sqlite3.Connection) -> list[Row]:
     """Give every entry, the one used last first."""
-    rows = connection.execute(
-        "SELECT key, kind, size_bytes, created_s, label FROM entries ORDER BY used DESC"
-    )
+    rows = connection.execute("SELECT key, kind, size_bytes, created_s, label FROM entries ORDER BY used DESC")
     return [(_name(key, kind), size, created, label) for key, kind, size, created, label in rows.fetchall()]
 
 
@@ -331,10 +323,7 @@ def reconcile(connection: sqlite3.Connection, objects: Path) -> None:
 
     Damaged files are adopted too: they take room, so they must count, and in time they go.
     """
-    rows = {
-        (key, kind): size
-        for key, kind, size in connection.execute("SELECT key, kind, size_bytes FROM entries")
-    }
+    rows = {(key, kind): size for key, kind, size in connection.execute("SELECT key, kind, size_bytes FROM entries")}
     for name, stat in sorted(iterate_entries(objects), key=lambda item: item[1].st_mtime_ns):
         known = rows.pop((name.key, name.kind), None)
         if known is None:
@@ -366,9 +355,7 @@ def read_note(connection: sqlite3.Connection, kind: str, digest: str) -> str | N
 
     A note may lead to an entry, so a changed byte in it would be a wrong entry that verifies.
     """
-    found = connection.execute(
-        "SELECT value, seal FROM notes WHERE kind=? AND digest=?", (kind, digest)
-    ).fetchone()
+    found = connection.execute("SELECT value, seal FROM notes WHERE kind=? AND digest=?", (kind, digest)).fetchone()
     if found is None:
         return None
     value, seal = found

@@ -52,8 +52,8 @@ class StoreStats:
 class StoreReport:
     """What `Store.check` found; entries are named `key.kind`.
 
-    `missing` are rows without a file, `orphans` files without a row: a kill leaves them, and both are
-    harmless. `temporaries` are left-over files more than an hour old.
+    `missing` are rows without a file, as a kill leaves them, `orphans` files without a row, as a power cut may: both
+    are harmless. `temporaries` are left-over files more than an hour old.
     """
 
     checked: int

@@ -12,8 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Final, Literal, Protocol
-from weakref import WeakSet
+from typing import Final, Literal
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -39,13 +38,6 @@ _FLASH_ATTENTION: Final = {
     False: llama.LLAMA_FLASH_ATTN_TYPE_DISABLED,
     True: llama.LLAMA_FLASH_ATTN_TYPE_ENABLED,
 }
-
-
-class Closeable(Protocol):
-    """What holds a native handle."""
-
-    def close(self) -> None:
-        """Free it; may be called twice."""
 
 
 class TextModel:
@@ -255,7 +247,6 @@ class Context:
             raise NativeError(
                 f"a context of {options.n_ctx} tokens could not be made for {model.path.name}", log.tail()
             )
-        model.adopt(self)
         self._memory = llama.llama_get_memory(handle)
         self._model = model
         self.n_ctx = options.n_ctx

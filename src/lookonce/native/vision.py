@@ -68,7 +68,6 @@ class VisionTower:
                 self._native = Handle(handle, mtmd.mtmd_free, f"the vision tower {path.name}", needs=model.native)
         if not handle:
             raise NativeError(f"{path} could not be loaded as a projector for {model.path.name}", log.tail())
-        model.adopt(self)
         self._model = model
         self.path = path
         if not mtmd.mtmd_support_vision(handle):

@@ -1,0 +1,80 @@
+"""What `lookonce look` is about to do, found out before any of it is done.
+
+Owns where each picture's look will be saved, and the first opening of every picture. Knows nothing of models.
+"""
+
+import importlib.util
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from lookonce.errors import InputError
+
+__all__ = ["PlannedLook", "check_picture", "plan_looks"]
+
+_SUFFIXES: Final = (".safetensors", ".pt")
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLook:
+    """A picture, and the file its look will be saved in; None keeps the look in the store alone."""
+
+    picture: str
+    target: Path | None
+
+
+def plan_looks(pictures: Sequence[str], output: str | None) -> list[PlannedLook]:
+    """Give each picture its file. Nothing is written yet, and no picture opened.
+
+    Raises InputError where two would share a file, or where the output is neither a folder nor a saved look's name.
+    """
+    if output is None:
+        return [PlannedLook(picture, None) for picture in pictures]
+    path = Path(output).expanduser()
+    if path.is_dir() or output.endswith(("/", "\\")):
+        return _plan_folder(pictures, path)
+    if len(pictures) > 1:
+        raise InputError(f"--output {output!r} is one file for {len(pictures)} pictures: end a folder's name in /")
+    check_target(path)
+    return [PlannedLook(pictures[0], path)]
+
+
+def check_target(path: Path) -> None:
+    """Refuse a file that a look could not be saved in. Raises InputError."""
+    if path.suffix.lower() not in _SUFFIXES:
+        raise InputError(f"{str(path)!r} is no name for a saved look: end it in .safetensors or .pt, a folder's in /")
+    if path.suffix.lower() == ".pt" and importlib.util.find_spec("torch") is None:
+        raise InputError(f"{str(path)!r} needs torch, which is not installed: save a .safetensors file instead")
+    if path.is_dir() or not path.absolute().parent.is_dir():
+        raise InputError(f"{str(path)!r} cannot be written: its folder must exist, and it must be no folder itself")
+
+
+def check_picture(picture: str) -> None:
+    """Open and decode a picture, or a saved look, and forget it again. Raises PictureError and SavedLookError."""
+    if Path(picture).suffix.lower() in _SUFFIXES:
+        from lookonce.embedding import ImageEmbedding
+
+        ImageEmbedding.load(picture)
+        return
+    from lookonce import images
+
+    images.open_picture(images.read_source(picture), picture)
+
+
+def _plan_folder(pictures: Sequence[str], folder: Path) -> list[PlannedLook]:
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"--output {str(folder)!r} is a file, and a folder was expected: give another")
+    if not folder.exists() and not folder.absolute().parent.is_dir():
+        raise InputError(f"--output {str(folder)!r} cannot be made: the folder around it does not exist")
+    planned: dict[str, PlannedLook] = {}
+    for picture in pictures:
+        look = PlannedLook(picture, folder / f"{Path(picture).stem}{_SUFFIXES[0]}")
+        # Many disks hold Cat.safetensors and cat.safetensors to be one file.
+        earlier = planned.setdefault(Path(picture).stem.casefold(), look)
+        if earlier is not look:
+            raise InputError(
+                f"{earlier.picture!r} and {picture!r} would both be saved as {look.target}: give them other names, or "
+                "look at them one by one"
+            )
+    return list(planned.values())
