@@ -55,7 +55,6 @@ class Library:
         self._layers = [f"l_out-{index}" for index in range(shape.text.layers)]
         self._last_block = f"layer_out-{shape.vision.depth - 1}"
         self._captured = Capture(self._layers)
-        self._seen = Capture([self._last_block])
         options = ContextOptions(
             n_ctx=8192,
             threads=_THREADS,
@@ -65,7 +64,7 @@ class Library:
         )
         self._context = Context(self._text, options, self._captured)
         self._tower = VisionTower(
-            projector, self._text, threads=_THREADS, flash_attention=setting.flash_attention, capture=self._seen
+            projector, self._text, threads=_THREADS, flash_attention=setting.flash_attention
         )
         self._template = ChatTemplate(self._text.chat_template, bos=self._text.bos, eos=self._text.eos)
 
@@ -75,9 +74,8 @@ class Library:
 
     def look(self, picture: NDArray[np.uint8]) -> tuple[NDArray[np.float32], ImageEmbedding]:
         """Give the tower's tokens before the projector, and the look with F32 rows."""
-        self._seen.clear()
         fitted = self.preprocess(picture)
-        encoded = self._tower.encode(fitted.pixels)
+        encoded = self._tower.encode(fitted.pixels, [self._last_block])
         width, height = fitted.size
         token = self._shape.vision.patch_size * self._shape.vision.merge_size
         look = ImageEmbedding(
@@ -95,7 +93,7 @@ class Library:
             preprocessing=fitted.preprocessing,
             libraries={},
         )
-        return self._seen.values[self._last_block][0], look
+        return encoded.tensors[self._last_block], look
 
     def render(self, parts: Sequence[Part]) -> tuple[Part, ...]:
         """Put one user message through the model's chat template."""

@@ -278,6 +278,27 @@ def test_metadata_of_unknown_names_is_left_unread() -> None:
     assert_equal(make_look(), ImageEmbedding.from_bytes(data))
 
 
+def test_a_header_with_blanks_gaps_overlaps_or_other_tensors_is_refused() -> None:
+    data = make_look(text="").to_bytes()
+    length = int.from_bytes(data[:8], "little")
+    padded = (length + 1).to_bytes(8, "little") + data[8 : 8 + length] + b"%c" + data[8 + length :]
+    assert_equal(make_look(text=""), ImageEmbedding.from_bytes(padded.replace(b"%c", b" ")))
+    for blank in b"\n\t\r":
+        with pytest.raises(SavedLookError):
+            ImageEmbedding.from_bytes(padded.replace(b"%c", bytes([blank])))
+
+    def move(**offsets: list[int]) -> Any:
+        return lambda header: [header[name].update(data_offsets=place) for name, place in offsets.items()]
+
+    for places in ({"positions": [92, 164]}, {"positions": [100, 172]}, {"rows": [4, 100], "positions": [100, 172]}):
+        for extra in (b"", bytes(4)):
+            with pytest.raises(SavedLookError):
+                ImageEmbedding.from_bytes(rewrite(data, move(**places), reseal=False) + extra)
+    other = {"other": {"dtype": "F32", "shape": [0, 1], "data_offsets": [168, 168]}}
+    with pytest.raises(SavedLookError):
+        ImageEmbedding.from_bytes(rewrite(data, lambda header: header.update(other), reseal=False))
+
+
 def test_each_field_that_replay_depends_on_is_under_the_checksum() -> None:
     data = make_look().to_bytes()
     header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import os
+import signal
 import sqlite3
 import sys
 import threading
@@ -10,6 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import settings
@@ -328,6 +330,18 @@ def test_a_wrong_total_in_the_index_evicts_nothing(tmp_path: Path) -> None:
             assert store.stats().entries == 11
 
 
+def test_a_total_that_is_too_low_does_not_outlive_the_process(tmp_path: Path) -> None:
+    limit_bytes = 10 * (HEADER_BYTES + 100)
+    with Store(tmp_path, limit_bytes=limit_bytes) as store:
+        for number in range(10):
+            store.put(make_key(number), "look", bytes(100))
+    with contextlib.closing(sqlite3.connect(tmp_path / "index.sqlite")) as connection, connection:
+        connection.execute("UPDATE total SET size_bytes=0")
+    with Store(tmp_path, limit_bytes=limit_bytes) as store:
+        assert store.put(make_key(10), "look", bytes(100))
+        assert store.stats().size_bytes == limit_bytes
+
+
 def test_an_index_of_a_newer_lookonce_is_left_alone(store: Store) -> None:
     store.put(A, "look", b"rows")
     store.close()
@@ -341,6 +355,7 @@ def test_an_index_of_a_newer_lookonce_is_left_alone(store: Store) -> None:
 
 def test_a_store_whose_folder_vanishes_starts_again(store: Store) -> None:
     store.put(A, "look", b"rows")
+    assert keys(store) == [A]
     store.folder.rename(store.folder.with_name("gone"))
     assert store.get(A, "look") is None
     assert store.put(B, "look", b"rows")
@@ -380,7 +395,7 @@ def test_a_writer_that_cannot_have_its_turn_gives_up_with_a_warning(
     assert store.put(B, "look", b"rows")
 
 
-@pytest.mark.parametrize("step", ["fsync", "replace", "row"])
+@pytest.mark.parametrize("step", ["fsync", "replace", "row", "second row"])
 def test_a_full_disk_at_any_step_is_a_warning_and_leaves_nothing(
     store: Store, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -390,9 +405,15 @@ def test_a_full_disk_at_any_step_is_a_warning_and_leaves_nothing(
         "fsync": (os, "fsync", OSError(28, "No space left on device")),
         "replace": (Path, "replace", OSError(28, "No space left on device")),
         "row": (store_index, "put_row", sqlite3.OperationalError("database or disk is full")),
+        "second row": (store_index, "put_row", sqlite3.OperationalError("database or disk is full")),
     }[step]
 
-    def full(*_: object, **__: object) -> None:
+    sound = getattr(owner, name)
+    spared = [B] if step == "second row" else []
+
+    def full(*arguments: Any, **options: Any) -> Any:
+        if spared and arguments[1].key == spared.pop():
+            return sound(*arguments, **options)
         raise error
 
     with monkeypatch.context() as patch:
@@ -402,6 +423,7 @@ def test_a_full_disk_at_any_step_is_a_warning_and_leaves_nothing(
         store.remember("picture", "a", "b")
         assert store.get(A, "look") == b"rows"
     assert [record.levelname for record in caplog.records] == ["WARNING"] * 2
+    assert keys(store) == [A]
     assert not entry_path(store, B).exists()
     assert list((store.folder / "tmp").iterdir()) == []
     assert store.put(B, "look", b"rows")
@@ -512,17 +534,45 @@ def test_threads_share_one_store(tmp_path: Path, caplog: pytest.LogCaptureFixtur
 def test_a_store_goes_on_in_parent_and_child_after_a_fork(store: Store) -> None:
     store.put(A, "look", b"rows")
     store.remember("picture", "a", "b")
-    with store._writing._lock:  # as if another thread were at work
-        child = os.fork()
-        if child == 0:
-            good = store.get(A, "look") == b"rows" and store.put(B, "look", b"child")
-            good = good and store.recall("picture", "a") == "b" and keys(store) == [B, A]
-            store.close()
-            os._exit(0 if good else 1)
-        assert os.waitpid(child, 0)[1] == 0
+    parents = store._writing._connection
+    held, done = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with store._writing._lock:
+            held.set()
+            done.wait()
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    held.wait()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        good = store.get(A, "look") == b"rows" and store.put(B, "look", b"child")
+        good = good and store.recall("picture", "a") == "b" and keys(store) == [B, A]
+        os._exit(0 if good and store._writing._connection is not parents else 1)
+    done.set()
+    thread.join()
+    assert os.waitpid(child, 0)[1] == 0
     assert store.put(C, "look", b"parent")
     assert keys(store) == [C, B, A]
     assert store.check().sound
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system cannot fork")
+@pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+def test_a_kill_after_the_rename_leaves_no_file_uncounted(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    store.put(A, "look", b"rows")
+    child = os.fork()
+    if child == 0:
+        monkeypatch.setattr("lookonce.store.sync_folder", lambda _: os._exit(9))
+        store.put(B, "look", b"rows")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    assert entry_path(store, B).exists()
+    assert keys(store) == [B, A]
+    assert store.get(B, "look") == b"rows"
+    assert store.check().orphans == ()
 
 
 LIMIT = 5 * (HEADER_BYTES + 40)

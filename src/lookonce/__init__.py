@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lookonce.embedding import ImageEmbedding
     from lookonce.model import Model, load
     from lookonce.sampling import Sampling
+    from lookonce.stages import extract
     from lookonce.store import Store
 
 _HOMES = {
@@ -31,6 +32,7 @@ _HOMES = {
     "Model": "model",
     "Reply": "chat",
     "ReplyStream": "chat",
+    "extract": "stages",
     "Sampling": "sampling",
     "Store": "store",
     "load": "model",
@@ -46,6 +48,7 @@ __all__ = [
     "Sampling",
     "Store",
     "__version__",
+    "extract",
     "load",
 ]
 __all__ += errors.__all__

@@ -200,7 +200,8 @@ class Embedder:
         return np.asarray(self._vectors([wanted])[0])
 
     def _vectors(self, items: Sequence[_Wanted], *, normalized: bool | None = None) -> Vector:
-        looks = iter(self._engine.look_all([one for item in items for one in item.pictures], LookOptions()))
+        pictures = [one for item in items for one in item.pictures]
+        looks = iter(self._engine.finish(self._engine.prepare(pictures, LookOptions())))
         prompts = [self._prompt(item, tuple(next(looks) for _ in item.pictures)) for item in items]
         flags = [self._flags(prompt) for prompt in prompts]
         states = self._runner.run(prompts, flags)

@@ -120,19 +120,6 @@ class Engine:
                 made[one.key] = self.looker.finish(one)
         return [made[one.key] if isinstance(one, PendingLook) else one for one in prepared]
 
-    def look_all(self, sources: Sequence[PictureSource | ImageEmbedding], options: LookOptions) -> list[ImageEmbedding]:
-        """Look at many pictures; the same picture is encoded once, however often it comes."""
-        self._check_open()
-        looks: dict[str, ImageEmbedding] = {}
-        found: list[ImageEmbedding] = []
-        for source in sources:
-            prepared = self.looker.prepare(source, options)
-            if prepared.key not in looks:
-                look = self.looker.finish(prepared) if isinstance(prepared, PendingLook) else prepared
-                looks[prepared.key] = look
-            found.append(looks[prepared.key])
-        return found
-
     def prompt(self, messages: Sequence[Message]) -> Prompt:
         """Render a conversation through the model's chat template. Raises PromptError where it refuses."""
         return self.plain_prompt(self.template.render(messages))

@@ -8,6 +8,7 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
@@ -134,6 +135,12 @@ class Looker:
         self._tower: VisionTower | None = None
 
     @property
+    def tower_depth(self) -> int:
+        """Number of the vision tower's layers. Raises ModelFileError without a projector."""
+        depth = self._require_projector().gguf.metadata.get("clip.vision.block_count")
+        return depth if isinstance(depth, int) else 0
+
+    @property
     def tower_loaded(self) -> bool:
         """Whether the vision tower takes memory."""
         return self._tower is not None
@@ -148,36 +155,56 @@ class Looker:
         if isinstance(source, str | PathLike) and Path(source).suffix.lower() in SAVED_SUFFIXES:
             return self.checked(ImageEmbedding.load(source))
         projector = self._require_projector()
-        rule = projector.rule
-        if rule is not None:
-            rule = rule.limited(options.min_pixels, options.max_pixels)
-        elif (options.min_pixels, options.max_pixels) != (None, None):
-            raise InputError(
-                f"{projector.path.name} sizes pictures itself: min_pixels and max_pixels are for the Qwen-VL families"
-            )
+        rule = self._rule(projector, options)
         read = images.read_source(source)
         digest = images.source_digest(read, rule)
         note = None if digest is None else _digest(digest, options.dtype, *self._surroundings(projector))
         if note and (found := self._recall(note)):
             return found
-        picture = images.open_picture(read, _name(source))
+        pending = self._pend(read, _name(source), rule, options.dtype, note)
+        if found := self._stored(pending.key):
+            self._remember(note, pending.key)
+            return found
+        return pending
+
+    def prepare_anew(self, source: PictureSource, options: LookOptions) -> PendingLook:
+        """A picture made ready for the tower, whatever the store holds."""
+        rule = self._rule(self._require_projector(), options)
+        return self._pend(images.read_source(source), _name(source), rule, options.dtype, None)
+
+    def _pend(
+        self, read: images.SourceRead, name: str | None, rule: PixelRule | None, dtype: RowType, note: str | None
+    ) -> PendingLook:
+        picture = images.open_picture(read, name)
         if rule is not None:
             picture = images.fit(picture, rule)
-        key = self._key(picture, options.dtype, projector)
-        if found := self._stored(key):
-            self._remember(note, key)
-            return found
         width, height = picture.size
         n_rows = 0 if rule is None else (height // rule.factor) * (width // rule.factor)
-        return PendingLook(picture, key, note, n_rows, options.dtype)
+        return PendingLook(picture, self._key(picture, dtype, self._require_projector()), note, n_rows, dtype)
+
+    def _rule(self, projector: Projector, options: LookOptions) -> PixelRule | None:
+        rule = projector.rule
+        if rule is not None:
+            return rule.limited(options.min_pixels, options.max_pixels)
+        if (options.min_pixels, options.max_pixels) != (None, None):
+            raise InputError(
+                f"{projector.path.name} sizes pictures itself: min_pixels and max_pixels are for the Qwen-VL families"
+            )
+        return None
 
     def finish(self, pending: PendingLook) -> ImageEmbedding:
         """Run the tower on a prepared picture and keep what it gives. Raises NativeError where it fails."""
+        return self.finish_with(pending, ())[0]
+
+    def finish_with(
+        self, pending: PendingLook, tensors: Collection[str]
+    ) -> tuple[ImageEmbedding, Mapping[str, NDArray[np.float32]]]:
+        """As `finish`, with copies of tensors of the tower's graph, F32 (tokens, width)."""
         projector = self._require_projector()
         picture = pending.picture
         with self._lock:
             tower = self._open_tower(projector)
-            encoded = tower.encode(picture.pixels)
+            encoded = tower.encode(picture.pixels, tensors)
         if pending.n_rows not in (0, len(encoded.rows)):
             raise NativeError(
                 f"the tower gave {len(encoded.rows)} rows for a picture of {picture.size}, expected {pending.n_rows}: "
@@ -200,7 +227,7 @@ class Looker:
         )
         if self._store and self._store.put(pending.key, LOOK, look.to_bytes(), label=projector.path.name):
             self._remember(pending.note, pending.key)
-        return look
+        return look, encoded.tensors
 
     def checked(self, look: ImageEmbedding) -> ImageEmbedding:
         """The look itself, if this model can use it. Raises MismatchError with both names where not."""

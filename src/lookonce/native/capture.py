@@ -7,7 +7,8 @@ splits the graph at that place, so a context with a capture is slower than one w
 
 import ctypes
 from collections import defaultdict
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -44,6 +45,15 @@ class Capture:
             self._pending = error
             return False
         return True
+
+    @contextmanager
+    def watch(self, names: Collection[str]) -> Iterator[None]:
+        """Copy other tensors while the block runs."""
+        before, self._names = self._names, frozenset(names)
+        try:
+            yield
+        finally:
+            self._names = before
 
     def raise_pending(self) -> None:
         """Raise what went wrong inside the callback, if anything did."""

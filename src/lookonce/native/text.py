@@ -329,7 +329,8 @@ class Context:
         if not 1 <= count <= self.batch_size:
             raise InputError(f"a batch of {count} was given: give 1 to {self.batch_size} at a time")
         numbers = _checked("sequences", sequences, count, self._n_sequences)
-        places = _checked("positions", positions, len(positions), _MOST_POSITIONS)
+        planes = 4 if embd is not None and self._model.mrope else 1
+        places = _checked("positions", positions, count * planes, _MOST_POSITIONS)
         ids = None if token is None else _checked("token ids", token, count, self._model.vocabulary_size)
         if (kept := int(np.count_nonzero(flags))) > self._n_outputs:
             raise InputError(f"outputs of {kept} tokens were asked for: this context keeps {self._n_outputs} at a time")

@@ -2,7 +2,8 @@
 
 import ctypes
 import os
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
@@ -23,11 +24,15 @@ _SMALLEST_TOKENS, _LARGEST_TOKENS = 1, 1 << 20
 
 @dataclass(frozen=True, slots=True, eq=False)
 class EncodedPicture:
-    """What the projector gave: F32 rows (n, width), int32 positions (n, 3) as (t, y, x), and the segments in order."""
+    """What the projector gave: F32 rows (n, width), int32 positions (n, 3) as (t, y, x), and the segments in order.
+
+    `tensors` are the graph's that were asked for, F32 (tokens, width), those of several slices one after the other.
+    """
 
     rows: NDArray[np.float32]
     positions: NDArray[np.int32]
     segments: tuple[Segment, ...]
+    tensors: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
 
 class VisionTower:
@@ -46,7 +51,6 @@ class VisionTower:
         devices: tuple[Device, ...] = (),
         exact_size: bool = True,
         flash_attention: bool | None = None,
-        capture: Capture | None = None,
     ) -> None:
         params = mtmd.mtmd_context_params_default()
         params.use_gpu = bool(devices)
@@ -59,9 +63,8 @@ class VisionTower:
             params.flash_attn_type = int(flash_attention)
         if exact_size:
             params.image_min_tokens, params.image_max_tokens = _SMALLEST_TOKENS, _LARGEST_TOKENS
-        if capture is not None:
-            params.cb_eval = capture.callback
-        self._capture = capture
+        self._capture = Capture(())  # as long as it wants nothing it costs some milliseconds a picture
+        params.cb_eval = self._capture.callback
         with listen() as log:
             handle = mtmd.mtmd_init_from_file(os.fsencode(path), model.handle, params)
             if handle:
@@ -80,8 +83,11 @@ class VisionTower:
         """The native handle, for this package only; raises ClosedError after `close`."""
         return self._native.pointer
 
-    def encode(self, pixels: NDArray[np.uint8]) -> EncodedPicture:
-        """Encode one RGB picture, uint8 (H, W, 3). Raises NativeError where the native library fails at it."""
+    def encode(self, pixels: NDArray[np.uint8], tensors: Collection[str] = ()) -> EncodedPicture:
+        """Encode one RGB picture, uint8 (H, W, 3), and copy the named tensors of the graph on the way.
+
+        Raises NativeError where the native library fails at it.
+        """
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or pixels.size == 0:
             raise InputError(f"pixels are {pixels.dtype} of shape {pixels.shape}: expected uint8 (height, width, 3)")
         height, width, _ = pixels.shape
@@ -95,6 +101,8 @@ class VisionTower:
                 status = mtmd.mtmd_tokenize(self.handle, chunks, ctypes.byref(text), (ctypes.c_void_p * 1)(bitmap), 1)
                 if status:
                     raise NativeError(f"a picture of {width}x{height} could not be prepared", log.tail())
+            self._capture.clear()
+            with self._capture.watch(tensors):
                 return self._encode_chunks(chunks)
         finally:
             mtmd.mtmd_input_chunks_free(chunks)
@@ -118,13 +126,13 @@ class VisionTower:
                     causal=not mtmd.mtmd_decode_use_non_causal(self.handle, chunk),
                 )
             )
-        return EncodedPicture(np.concatenate(rows), np.concatenate(positions), tuple(segments))
+        found = {name: np.concatenate(values) for name, values in self._capture.values.items()}
+        return EncodedPicture(np.concatenate(rows), np.concatenate(positions), tuple(segments), found)
 
     def _encode_rows(self, chunk: mtmd.mtmd_input_chunk_p) -> NDArray[np.float32]:
         with listen() as log:
             status = mtmd.mtmd_encode_chunk(self.handle, chunk)
-        if self._capture is not None:
-            self._capture.raise_pending()
+        self._capture.raise_pending()
         output = mtmd.mtmd_get_output_embd(self.handle)
         if status or not output:
             raise NativeError(f"the vision tower {self.path.name} failed with status {status}", log.tail())

@@ -1,0 +1,254 @@
+"""The tensors at each stage of the pipeline: tower, projector, text model; and the files they are written to."""
+
+import io
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from os import PathLike
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lookonce.durable import write_durably
+from lookonce.embedding import ImageEmbedding
+from lookonce.engine import Engine
+from lookonce.errors import InputError, PromptError
+from lookonce.images import PictureSource
+from lookonce.looker import LookOptions
+from lookonce.model import Model
+from lookonce.native.hidden import layer_tensor
+from lookonce.pooling import check_finite
+from lookonce.prompt import Message, Prompt, TokenRun
+from lookonce.sequences import refuse_overflow
+from lookonce.states import StateRunner
+
+DEFAULT_PROMPT: Final = "Describe the image."
+
+Array = NDArray[np.float32]
+
+
+@dataclass(frozen=True, slots=True)
+class TokenSpan:
+    """Which rows of `lm_last_hidden` belong together: `start` to before `stop`; `image` counts the pictures from 0."""
+
+    kind: Literal["system", "text", "image"]
+    start: int
+    stop: int
+    image: int | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Stages:
+    """What one prompt with its pictures became at each stage, all F32.
+
+    vision_tokens: the tower's output before the projector, (Nv, Cv): patches in the reference's order, the pictures'
+        one after the other.
+    vision_layers: the outputs of the layers that were asked for, (Nv, Cv) each.
+    projected_tokens: the projector's output, (N, D).
+    deepstack_features: what DeepStack adds in the text model's first layers, (layers, N, D).
+    lm_last_hidden: the text model's states, (1, T, D): after the final norm, or the layer that was asked for.
+    visual_token_lens: how many of the N rows each picture has.
+    spans: which rows of `lm_last_hidden` are system, text and pictures.
+    """
+
+    model_name: str
+    prompt: str
+    layer: int
+    pictures: tuple[str, ...]
+    vision_tokens: Array
+    vision_layers: Mapping[int, Array]
+    projected_tokens: Array
+    deepstack_features: Array
+    lm_last_hidden: Array
+    visual_token_lens: tuple[int, ...]
+    vision_token_lens: tuple[int, ...]
+    spans: tuple[TokenSpan, ...]
+
+    @property
+    def vision_pooled_mean(self) -> Array:
+        """Mean of each picture's vision tokens, (pictures, Cv)."""
+        return _means(self.vision_tokens, self.vision_token_lens)
+
+    @property
+    def projected_pooled_mean(self) -> Array:
+        """Mean of each picture's projected tokens, (pictures, D)."""
+        return _means(self.projected_tokens, self.visual_token_lens)
+
+    @property
+    def lm_pooled_mean(self) -> Array:
+        """Mean of all hidden states, (1, D)."""
+        return np.asarray(self.lm_last_hidden.mean(axis=1, dtype=np.float64), dtype=np.float32)
+
+    @property
+    def lm_image_hidden(self) -> Array:
+        """The hidden states of the image rows alone, (N, D)."""
+        return np.concatenate([self.lm_last_hidden[0, s.start : s.stop] for s in self.spans if s.kind == "image"])
+
+    def save(self, folder: str | PathLike[str], *, tokens: bool = True) -> Path:
+        """Write `.npy` files and `manifest.json` into a folder, made if missing; without `tokens` only the means.
+
+        Give the manifest's path. Raises InputError where the folder cannot be written.
+        """
+        folder = Path(folder)
+        arrays: dict[str, Array] = {
+            "vision_pooled_mean": self.vision_pooled_mean,
+            "projected_pooled_mean": self.projected_pooled_mean,
+            "lm_pooled_mean": self.lm_pooled_mean,
+        }
+        if tokens:
+            names = ("vision_tokens", "projected_tokens", "deepstack_features", "lm_last_hidden", "lm_image_hidden")
+            arrays |= {name: getattr(self, name) for name in names if getattr(self, name).size}
+            arrays |= {f"vision_layer_{number}": values for number, values in self.vision_layers.items()}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for name, values in arrays.items():
+                _write_array(folder / f"{name}.npy", values)
+            manifest = folder / "manifest.json"
+            # Last, so that a folder with a manifest is whole.
+            write_durably(manifest, json.dumps(self._manifest(arrays), ensure_ascii=False, indent=2).encode())
+        except OSError as error:
+            raise InputError(f"{folder} cannot be written: {error.strerror or error}") from error
+        return manifest
+
+    def _manifest(self, arrays: Mapping[str, Array]) -> dict[str, object]:
+        spans = [
+            {"kind": span.kind, "start": span.start, "stop": span.stop}
+            | ({} if span.image is None else {"image": span.image})
+            for span in self.spans
+        ]
+        return {
+            "format_version": 1,
+            "model": self.model_name,
+            "pictures": list(self.pictures),
+            "prompt": self.prompt,
+            "layer": self.layer,
+            "visual_token_lens": list(self.visual_token_lens),
+            "token_spans": spans,
+            "tensors": {
+                name: {"file": f"{name}.npy", "shape": list(values.shape), "dtype": str(values.dtype)}
+                for name, values in arrays.items()
+            },
+        }
+
+
+def extract(
+    model: Model,
+    pictures: PictureSource | Sequence[PictureSource],
+    *,
+    prompt: str = DEFAULT_PROMPT,
+    layer: int = -1,
+    vision_layers: Iterable[int] = (),
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+) -> Stages:
+    """Take a prompt with a picture, or with several at once, through the pipeline and keep every stage.
+
+    layer: whose output `lm_last_hidden` is; -1 is the last, after the final norm.
+    vision_layers: layers of the tower, by number, whose output is wanted too.
+
+    The tower runs in any case, as no stored look holds what comes before the projector. Raises what `Model.look`
+    raises, InputError for a layer that the model lacks, ContextError where the prompt does not fit.
+    """
+    sources = _listed(pictures)
+    if not sources:
+        raise InputError("there is no picture to extract from: give at least one")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise PromptError(f"the prompt is {prompt!r}: give a text")
+    engine = model.engine
+    number, _ = layer_tensor(engine.text, layer)
+    wanted = _checked_layers(engine.looker.tower_depth, vision_layers)
+    looked = _look(engine, sources, wanted, LookOptions(min_pixels, max_pixels, "f32"))
+    looks = [look for look, _ in looked]
+    whole = engine.prompt([Message("user", (*looks, prompt))])
+    refuse_overflow(whole.n_tokens, whole.n_rows, engine.n_ctx + 1)
+    (states,) = StateRunner(engine, layer).run([whole], [np.ones(whole.n_tokens + whole.n_rows, dtype=np.bool_)])
+    check_finite(states, engine.name)
+    width = engine.text.width
+    rows = np.concatenate([np.asarray(look.rows, dtype=np.float32) for look in looks])
+    seen = {layer: np.concatenate([found[layer] for _, found in looked]) for layer in looked[0][1]}
+    last = engine.looker.tower_depth - 1
+    return Stages(
+        model_name=engine.name,
+        prompt=prompt,
+        layer=number,
+        pictures=tuple(
+            str(source) if isinstance(source, str | PathLike) else type(source).__name__ for source in sources
+        ),
+        vision_tokens=seen[last],
+        vision_layers={one: seen[one] for one in wanted},
+        projected_tokens=rows[:, :width],
+        deepstack_features=rows[:, width:].reshape(len(rows), -1, width).transpose(1, 0, 2),
+        lm_last_hidden=states[None],
+        visual_token_lens=tuple(look.n_rows for look in looks),
+        vision_token_lens=tuple(len(found[last]) for _, found in looked),
+        spans=tuple(_spans(engine, whole)),
+    )
+
+
+def _listed(pictures: PictureSource | Sequence[PictureSource]) -> list[PictureSource]:
+    if isinstance(pictures, Sequence) and not isinstance(pictures, str | bytes):
+        return list(pictures)
+    return [pictures]
+
+
+def _name(source: PictureSource) -> str:
+    return str(source) if isinstance(source, str | PathLike) else type(source).__name__
+
+
+def _checked_layers(depth: int, layers: Iterable[int]) -> tuple[int, ...]:
+    wanted = tuple(layers)
+    for layer in wanted:
+        if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
+            raise InputError(f"vision layer {layer!r} does not exist: the tower has 0 to {depth - 1}")
+    return wanted
+
+
+def _look(
+    engine: Engine, sources: Sequence[PictureSource], layers: Sequence[int], options: LookOptions
+) -> list[tuple[ImageEmbedding, dict[int, Array]]]:
+    """Each picture's look, with the outputs of the tower's last layer and of `layers`."""
+    names = {f"layer_out-{layer}": layer for layer in (*layers, engine.looker.tower_depth - 1)}
+    found = []
+    for pending in [engine.looker.prepare_anew(source, options) for source in sources]:
+        look, tensors = engine.looker.finish_with(pending, names)
+        found.append((look, {layer: check_finite(tensors[name], engine.name) for name, layer in names.items()}))
+    return found
+
+
+def _spans(engine: Engine, prompt: Prompt) -> list[TokenSpan]:
+    """The prompt's cells by what they are; what the template writes before the user's input counts as system."""
+    spans = [TokenSpan("system", 0, _system_tokens(engine))]
+    end, image = 0, -1
+    for run in prompt.runs:
+        start = max(end, spans[0].stop)
+        if isinstance(run, TokenRun):
+            end += len(run.tokens)
+            spans.append(TokenSpan("text", start, end))
+        elif run.start == 0:
+            end += run.stop
+            image += 1
+            spans.append(TokenSpan("image", start, end, image))
+        else:  # more of the same picture
+            end += run.stop - run.start
+            spans[-1] = replace(spans[-1], stop=end)
+    return [span for span in spans if span.start < span.stop]
+
+
+def _system_tokens(engine: Engine) -> int:
+    """How many tokens stand before the user's input."""
+    mark = "\ue000"
+    before = "".join(map(str, engine.template.render([Message("user", (mark,))]))).partition(mark)[0]
+    return engine.plain_prompt([before]).n_tokens if before else 0
+
+
+def _means(tokens: Array, lengths: Sequence[int]) -> Array:
+    parts = np.split(tokens, np.cumsum(lengths)[:-1])
+    return np.stack([part.mean(axis=0, dtype=np.float64) for part in parts]).astype(np.float32)
+
+
+def _write_array(path: Path, values: Array) -> None:
+    data = io.BytesIO()
+    np.save(data, values, allow_pickle=False)
+    write_durably(path, data.getvalue())
