@@ -103,6 +103,11 @@ class Embedder:
         self._truncate = truncate
         self._runner = StateRunner(self._engine, layer, one_each=pooling in ("last", "cls"))
 
+    @property
+    def model_name(self) -> str:
+        """The text model's own name."""
+        return self._engine.name
+
     def get_embedding_dimension(self) -> int:
         """`dimension`, as sentence-transformers spells it."""
         return self.dimension
