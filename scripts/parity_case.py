@@ -73,7 +73,7 @@ PROMPTS = (
     PromptCase(("é ü 日本 \U0001f642 12345\n\n  of the cat",), "odd text"),
     PromptCase(((300, 200, 3), "Describe the picture."), "one picture"),
     PromptCase(("What is ", (1000, 50, 7), " that wide?"), "one, in the middle"),
-    PromptCase(((720, 1280, 13), "How many?"), "one, over one batch"),
+    PromptCase(((640, 960, 13), "How many?"), "one, over one batch"),
     PromptCase(((256, 256, 0), (40, 1200, 8), (5, 3, 11), "Compare them."), "three pictures"),
     PromptCase(
         ("Compare ", (257, 255, 2), " with ", (101, 103, 4), " and ", (300, 200, 3), ", please."), "three, apart"

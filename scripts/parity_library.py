@@ -63,9 +63,7 @@ class Library:
             n_outputs=512,
         )
         self._context = Context(self._text, options, self._captured)
-        self._tower = VisionTower(
-            projector, self._text, threads=_THREADS, flash_attention=setting.flash_attention
-        )
+        self._tower = VisionTower(projector, self._text, threads=_THREADS, flash_attention=setting.flash_attention)
         self._template = ChatTemplate(self._text.chat_template, bos=self._text.bos, eos=self._text.eos)
 
     def preprocess(self, picture: NDArray[np.uint8]) -> Picture:

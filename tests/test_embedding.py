@@ -291,9 +291,8 @@ def test_a_header_with_blanks_gaps_overlaps_or_other_tensors_is_refused() -> Non
         return lambda header: [header[name].update(data_offsets=place) for name, place in offsets.items()]
 
     for places in ({"positions": [92, 164]}, {"positions": [100, 172]}, {"rows": [4, 100], "positions": [100, 172]}):
-        for extra in (b"", bytes(4)):
-            with pytest.raises(SavedLookError):
-                ImageEmbedding.from_bytes(rewrite(data, move(**places), reseal=False) + extra)
+        with pytest.raises(SavedLookError, match="do not follow one another"):
+            ImageEmbedding.from_bytes(rewrite(data, move(**places), reseal=False))
     other = {"other": {"dtype": "F32", "shape": [0, 1], "data_offsets": [168, 168]}}
     with pytest.raises(SavedLookError):
         ImageEmbedding.from_bytes(rewrite(data, lambda header: header.update(other), reseal=False))

@@ -85,6 +85,8 @@ def test_another_architecture_passes_with_what_every_model_has(tmp_path: Path) -
         path = maker.write(tmp_path / "b.gguf", lacking, tensors)
         if key != "gemma9.embedding_length":
             refusal(gguf_check.check_text_model, path)
+    path = maker.write(tmp_path / "c.gguf", keys | {"gemma9.nextn_predict_layers": u32(4)}, tensors)
+    assert "nextn_predict_layers" in refusal(gguf_check.check_text_model, path)
 
 
 def test_another_projector_passes_and_its_type_is_its_family(tmp_path: Path) -> None:
@@ -98,6 +100,8 @@ def test_another_projector_passes_and_its_type_is_its_family(tmp_path: Path) -> 
     gguf_check.check_projector(read)
     assert gguf_check.family(read) == "gemma9"
     gguf_check.check_pair(gguf_file.read(maker.write_text(tmp_path / "b.gguf")), read)
+    path = maker.write(tmp_path / "c.gguf", keys | {"clip.vision.block_count": u32(1 << 30)}, {})
+    assert "block_count" in refusal(gguf_check.check_projector, path)
 
 
 # llama.cpp asserts, divides by or multiplies with each of these; the comment says where.

@@ -90,7 +90,7 @@ def test_logits_and_greedy_tokens_are_the_references_in_the_exact_setting(
     expected = golden.prompts[number]
     looks = [library.look(make_picture(*size))[1] for size in expected.case.pictures]
     prompt = library.prompt(expected.case.parts_with(looks))
-    # Over some hundred tokens llama.cpp's rotary angles, multiplied up in F32, drift past 1e-5.
+    # llama.cpp never turns the last pairs of Qwen3-VL's heads, which shows over some hundred tokens: see parity.py.
     bar = 1e-3 if looks else 1e-5 if prompt.n_tokens < 256 else 5e-5
     assert _error(library.evaluate(prompt).logits[-1], expected.logits) <= bar
     assert tuple(library.generate(prompt, GREEDY_TOKENS)) == expected.tokens

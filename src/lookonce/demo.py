@@ -73,11 +73,10 @@ def run_demo(
     The store lies in a temporary folder, which is gone afterwards.
     """
     with tempfile.TemporaryDirectory(prefix="lookonce-demo-") as folder, Store(Path(folder)) as store:
-        say("1. A first look: the vision tower has to work.")
-        cold, _ = _ask(load, store, picture, prompt, say)
-        say("")
-        say("2. The model loaded anew, the same picture: the store knows it.")
-        stored, tower_loaded = _ask(load, store, picture, prompt, say)
+        title = "1. A first look: the vision tower has to work."
+        cold, _ = _ask(load, store, picture, prompt, title, say)
+        title = "\n2. The model loaded anew, the same picture: the store knows it."
+        stored, tower_loaded = _ask(load, store, picture, prompt, title, say)
     return DemoResult(cold, stored, not tower_loaded)
 
 
@@ -86,11 +85,13 @@ def _ask(
     store: Store,
     picture: Image.Image,
     prompt: str,
+    title: str,
     say: Callable[[str], None],
 ) -> tuple[Reply, bool]:
     started = time.perf_counter()
     with load(store) as model:
         loaded_s = time.perf_counter() - started
+        say(title)
         reply = model.ask(prompt, images=[picture], temperature=0.0, max_tokens=_MAX_TOKENS)
         tower_loaded = model.tower_loaded
     image, times = reply.images[0], reply.timings

@@ -146,9 +146,13 @@ def status(message: str) -> Iterator[None]:
         yield
         return
     from rich.console import Console
+    from rich.live import Live
     from rich.markup import escape
+    from rich.spinner import Spinner
 
-    with Console(stderr=True).status(escape(one_line(message))):
+    # Not Console.status: it would take what is written to stdout meanwhile to stderr.
+    spinner = Spinner("dots", escape(one_line(message)))
+    with Live(spinner, console=Console(stderr=True), transient=True, redirect_stdout=False):
         yield
 
 

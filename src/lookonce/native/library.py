@@ -277,7 +277,7 @@ def tensor_name(tensor: int) -> str:
 
 
 def read_tensor(tensor: int) -> NDArray[np.float32]:
-    """Copy a contiguous F32 tensor out of its backend; the shape is ggml's reversed, without leading ones.
+    """Copy a contiguous F32 tensor out of its backend; the shape is ggml's reversed, without leading ones beyond two axes.
 
     Raises InputError for a tensor of another kind.
     """
@@ -286,7 +286,7 @@ def read_tensor(tensor: int) -> NDArray[np.float32]:
     steps = [4, *(4 * math.prod(prefix.ne[:axis]) for axis in (1, 2, 3))]
     if prefix.type != _F32 or list(prefix.nb) != steps:
         raise InputError(f"the tensor {tensor_name(tensor)} is not a contiguous one of F32: capture another")
-    while len(shape) > 1 and shape[0] == 1:
+    while len(shape) > 2 and shape[0] == 1:
         shape.pop(0)
     values = np.empty(shape, dtype=np.float32)
     _tensor_get(tensor, values.ctypes.data, 0, values.nbytes)

@@ -233,6 +233,7 @@ class Context:
         params.n_threads = params.n_threads_batch = options.threads
         params.flash_attn_type = _FLASH_ATTENTION[options.flash_attention]
         params.type_k = params.type_v = KV_TYPES[options.kv_type]
+        params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE  # whatever the file says: pooling is ours
         params.kv_unified = True
         params.no_perf = True
         if capture is not None:
