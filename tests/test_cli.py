@@ -313,7 +313,7 @@ def test_a_projector_of_another_width_or_family_is_refused(
 
     shape = find_shape("qwen3vl", "tiny")
     wide = dataclasses.replace(shape, text=dataclasses.replace(shape.text, hidden_size=320))
-    write_projector(Path("wide.gguf"), wide, make_weights(wide)[0], "F32", "Qwen3-VL wide")
+    write_projector(Path("wide.gguf"), wide, make_weights(wide)[0], type="F32", name="Qwen3-VL wide")
     ask = ("ask", "What?", "-i", photo, "--model", tiny_pair[0], "--mmproj")
     assert "960" in refused(capsys, *ask, "wide.gguf")
     assert "qwen2.5vl" in refused(capsys, *ask, tiny_pair_25[1])
@@ -556,6 +556,5 @@ sys.exit(lookonce.cli.main(["ask", "x", "--model", "y"]))
     os.close(ours)
     assert status == 130
     assert seconds < 5
-    print(shown)
     assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
     assert b"lookonce: interrupted" in shown

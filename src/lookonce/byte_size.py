@@ -12,7 +12,7 @@ from lookonce.errors import InputError
 __all__ = ["format_size", "parse_size"]
 
 _STEPS: Final = "KMGT"
-_SIZE: Final = re.compile(r"\s*(\d+(?:\.\d+)?)\s*(?:([KMGT])(i)?)?B?\s*", re.IGNORECASE)
+_SIZE: Final = re.compile(r"\s*([0-9]+(?:\.[0-9]+)?)\s*(?:([KMGT])(i)?)?B?\s*", re.IGNORECASE)
 
 
 def parse_size(text: str) -> int:
@@ -32,4 +32,6 @@ def format_size(size_bytes: int) -> str:
         if size < 999.5:
             break
         size, unit = size / 1000, step
-    return f"{size_bytes} B" if not unit else f"{size:.3g} {unit}B"
+    if not unit:
+        return f"{size_bytes} B"
+    return f"{size:.0f} {unit}B" if size >= 100 else f"{size:.3g} {unit}B"

@@ -4,6 +4,7 @@ A projector is recognised by its metadata and width, never by its file name.
 """
 
 import logging
+import re
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -16,6 +17,8 @@ from lookonce.gguf_file import GgufFile
 logger = logging.getLogger(__name__)
 
 PROJECTOR: Final = "clip"  # general.architecture of every projector file
+_EMBEDDING: Final = "token_embd.weight"  # what every text model has
+_LATER_PART: Final = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,8 @@ def find_files(model: str | PathLike[str], mmproj: str | PathLike[str] | None = 
 
 
 def _only_text_model(folder: Path) -> GgufFile:
-    found = [gguf for gguf in _sound_files(folder) if gguf.architecture != PROJECTOR]
+    # An adapter or an importance matrix has a text model's architecture too.
+    found = [gguf for gguf in _sound_files(folder) if gguf.architecture != PROJECTOR and _EMBEDDING in gguf.tensors]
     if len(found) == 1:
         gguf_check.check_text_model(found[0])
         return found[0]
@@ -84,6 +88,8 @@ def _sound_files(folder: Path) -> list[GgufFile]:
     """The folder's GGUF files that can be read; a damaged one that nobody named is passed over."""
     found = []
     for path in sorted(folder.glob("*.gguf")):
+        if _LATER_PART.search(path.name):  # its first part stands for it
+            continue
         try:
             found.append(gguf_file.read(path))
         except ModelFileError as error:

@@ -74,9 +74,9 @@ def run_demo(
     """
     with tempfile.TemporaryDirectory(prefix="lookonce-demo-") as folder, Store(Path(folder)) as store:
         title = "1. A first look: the vision tower has to work."
-        cold, _ = _ask(load, store, picture, prompt, title, say)
+        cold, _ = _ask(load, store, picture, prompt, title, say=say)
         title = "\n2. The model loaded anew, the same picture: the store knows it."
-        stored, tower_loaded = _ask(load, store, picture, prompt, title, say)
+        stored, tower_loaded = _ask(load, store, picture, prompt, title, say=say)
     return DemoResult(cold, stored, not tower_loaded)
 
 
@@ -86,6 +86,7 @@ def _ask(
     picture: Image.Image,
     prompt: str,
     title: str,
+    *,
     say: Callable[[str], None],
 ) -> tuple[Reply, bool]:
     started = time.perf_counter()

@@ -38,7 +38,7 @@ INTERRUPTED: Final = 128 + 2  # as a shell reports a program that SIGINT ended
 CLOSED_PIPE: Final = 128 + 13  # likewise SIGPIPE
 
 _GRACE_S: Final = 0.3
-_SHOW_CURSOR: Final = "\x1b[?25h"
+_RESTORE: Final = "\r\x1b[2K\x1b[?25h"  # clear the line, show the cursor (ECMA-48, DECTCEM)
 
 _Item = TypeVar("_Item")
 
@@ -241,8 +241,12 @@ class _Interrupts:
         with self._announcing:
             if not self._announced:
                 self._announced = True
-                cursor = _SHOW_CURSOR if sys.stderr.isatty() else ""
-                write_error(f"{cursor}{self._program}: interrupted")
+                message = f"{self._program}: interrupted"
+                if sys.__stderr__ is not None and sys.__stderr__.isatty():
+                    # Past the proxy that a bar or spinner puts before stderr, which would draw itself once more.
+                    os.write(sys.__stderr__.fileno(), f"{_RESTORE}{message}\n".encode())
+                else:
+                    write_error(message)
 
     def _watch(self) -> None:
         while heard := os.read(self._hears, 64):

@@ -243,11 +243,6 @@ except PromptError as error:
     assert done.stdout
 
 
-def test_a_grammar_that_nothing_satisfies_is_refused_while_it_is_used(model: TextModel) -> None:
-    with pytest.raises(PromptError, match="allows no token"):
-        write(model, Sampling(temperature=0, grammar=r"root ::= [^\x00-\U0010FFFF]"), 10)
-
-
 # --- what would abort the process
 
 

@@ -7,6 +7,7 @@ context is not safe to use from two threads at once (`lookonce.engine` holds the
 import ctypes
 import os
 import threading
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -131,11 +132,23 @@ class TextModel:
     def _special(self, token: int) -> str:
         return "" if token < 0 else self.piece(token, special=True).decode("utf-8", errors="replace")
 
+    @cached_property
+    def _normalizes(self) -> bool:
+        # tokenizer.json of the Qwen families has an NFC normalizer, which llama.cpp leaves out.
+        return (self._metadata("tokenizer.ggml.pre") or "").startswith("qwen")
+
+    def _metadata(self, key: str) -> str | None:
+        buffer = ctypes.create_string_buffer(256)
+        length = llama.llama_model_meta_val_str(self.handle, key.encode(), buffer, len(buffer))
+        return None if length < 0 else buffer.value.decode("utf-8", errors="replace")
+
     def tokenize(self, text: str, *, special: bool = True) -> list[int]:
         """Token ids of `text` as transformers splits a prompt: special tokens in it are read, none are added.
 
         Without `special` their names are text like any other.
         """
+        if self._normalizes:
+            text = unicodedata.normalize("NFC", text)
         data = text.encode("utf-8", errors="replace")
         room = len(data) + 1
         tokens = (llama.llama_token * room)()
