@@ -56,6 +56,4 @@ def make_look(
 
 def written(parts: Sequence[Part]) -> str:
     """Rendered parts as the official templates write them."""
-    return "".join(
-        part if isinstance(part, str) else "<|vision_start|><|image_pad|><|vision_end|>" for part in parts
-    )
+    return "".join(part if isinstance(part, str) else "<|vision_start|><|image_pad|><|vision_end|>" for part in parts)

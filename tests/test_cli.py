@@ -518,6 +518,7 @@ def interrupt(command: list[str], *, stderr: int) -> tuple[int, float]:
     assert process.stdout is not None
     with process.stdout:
         assert process.stdout.read(3)
+        time.sleep(0.3)  # what follows the output is native code, and it has to have begun
         started = time.monotonic()
         process.send_signal(signal.SIGINT)
         status = process.wait(60)

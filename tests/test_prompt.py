@@ -1,9 +1,7 @@
 """Aliases, chat templates and runs: everything between a question and what is evaluated."""
 
-import sys
 from collections.abc import Sequence
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import jinja2
@@ -11,8 +9,8 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from look_maker import END, VISION_END, VISION_START, make_look, written
 
+from look_maker import END, VISION_END, VISION_START, make_look, written
 from lookonce.embedding import ImageEmbedding, RowSegment
 from lookonce.errors import ContextError, PromptError
 from lookonce.prompt import (
@@ -28,8 +26,6 @@ from lookonce.prompt import (
     name_looks,
     place_looks,
 )
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 from model_maker.template import CHAT_TEMPLATES
 
 A, B, C = (make_look(seed) for seed in range(3))
@@ -182,7 +178,7 @@ def test_any_conversation_is_what_jinja_makes_of_its_content_parts(family: str, 
         }
         for message in messages
     ]
-    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)  # noqa: S701
+    environment = jinja2.Environment(trim_blocks=True, lstrip_blocks=True)
     expected = environment.from_string(CHAT_TEMPLATES[family]).render(messages=contents, add_generation_prompt=True)
     rendered = ChatTemplate(CHAT_TEMPLATES[family]).render(messages)
     assert written(rendered) == expected
@@ -231,7 +227,9 @@ def test_a_mark_that_the_model_wrote_itself_is_given_back_letter_by_letter(sourc
     assert [part for part in rendered if not isinstance(part, str)] == [A]
     assert answer in "".join(part for part in rendered if isinstance(part, str))
     tokens = [
-        token for run in assemble(rendered, spell, bos=None, batch_size=512).runs if isinstance(run, TokenRun)
+        token
+        for run in assemble(rendered, spell, bos=None, batch_size=512).runs
+        if isinstance(run, TokenRun)
         for token in run.tokens
     ]
     marked = "".join(chr(token - 10_000) for token in tokens if token >= 10_000 and token not in (0xE002, 0xE003))

@@ -30,8 +30,10 @@ def test_a_value_out_of_range_is_refused_by_name(name: str, value: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("max_tokens", None), ("max_tokens", 1), ("temperature", 0), ("top_p", 0), ("top_p", 1), ("top_k", 0)]
-    + [("seed", 0), ("seed", 2**32 - 2), ("seed", None), ("repeat_penalty", 1), ("stop", ()), ("stop", ["a"])],
+    [
+        *[("max_tokens", None), ("max_tokens", 1), ("temperature", 0), ("top_p", 0), ("top_p", 1), ("top_k", 0)],
+        *[("seed", 0), ("seed", 2**32 - 2), ("seed", None), ("repeat_penalty", 1), ("stop", ()), ("stop", ["a"])],
+    ],
 )
 def test_the_ends_of_the_ranges_are_inside(name: str, value: Any) -> None:
     assert getattr(Sampling(**{name: value}), name) == value

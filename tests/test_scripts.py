@@ -25,9 +25,11 @@ def photo(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def saved(tiny_pair: tuple[Path, Path], photo: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("saved") / "look.safetensors"
-    run = run_script(
-        "save_embeddings", "--image", photo, "--text", "A photo.", "--output", target, "--model", tiny_pair[0]
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOOKONCE_STORE", str(target.with_name("store")))
+        run = run_script(
+            "save_embeddings", "--image", photo, "--text", "A photo.", "--output", target, "--model", tiny_pair[0]
+        )
     assert (run.returncode, run.stderr) == (0, "")
     return target
 

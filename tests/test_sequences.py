@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from look_maker import BEGIN, END, make_look
 from numpy.typing import NDArray
 
+from look_maker import BEGIN, END, make_look
 from lookonce.errors import ContextError, NativeError
 from lookonce.native import text
 from lookonce.native.text import Context, ContextOptions, TextModel
@@ -50,9 +50,7 @@ class Bench:
         self.sequences = Sequences(self.context, count)
 
     def prompt(self, *parts: Part) -> Prompt:
-        return assemble(
-            (BEGIN, *parts, END), self.model.tokenize, bos=None, batch_size=self.context.batch_size
-        )
+        return assemble((BEGIN, *parts, END), self.model.tokenize, bos=None, batch_size=self.context.batch_size)
 
     def begin(self, *parts: Part) -> Turn:
         turn = Turn(self.prompt(*parts))
@@ -256,7 +254,12 @@ def interleave(bench: Bench, questions: list[tuple[Part, ...]], length: int) -> 
 
 
 QUESTIONS: list[tuple[Part, ...]] = [
-    (A, "What?"), ("Hello",), (B, A, "Which?"), (A, "Why?"), (C, "What colour?"), (LARGE, "What?")
+    (A, "What?"),
+    ("Hello",),
+    (B, A, "Which?"),
+    (A, "Why?"),
+    (C, "What colour?"),
+    (LARGE, "What?"),
 ]
 
 

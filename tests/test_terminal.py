@@ -85,3 +85,19 @@ def test_a_full_disk_behind_stdout_is_one_line_and_status_1() -> None:
         )
     assert (run.returncode, run.stderr.count("\n")) == (1, 1)
     assert "No space left" in run.stderr
+
+
+def test_a_reader_that_left_ends_the_work_in_silence() -> None:
+    code = (
+        "import sys; from lookonce.terminal import *\n"
+        "def work():\n"
+        "    while True: write('x' * 99)\n"
+        "sys.exit(Terminal('prog').run(work))"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.read(9)
+    process.stdout.close()
+    process.stdout = None
+    assert process.communicate(timeout=30)[1] == b""
+    assert process.returncode == 141

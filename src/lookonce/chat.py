@@ -126,7 +126,8 @@ class ReplyStream(Iterator[str]):
             return self._end("stop")
         self._token = token
         turn.n_drawn += 1
-        piece = self._text.add(engine.text.piece(token))
+        # A grammar takes a control token for the text of its name.
+        piece = self._text.add(engine.text.piece(token, special=self._sampling.has_grammar))
         if self._text.stopped:
             return piece + self._end("stop")
         if turn.n_drawn == self._sampling.max_tokens or turn.n_cells + 1 >= engine.n_ctx:

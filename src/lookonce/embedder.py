@@ -3,53 +3,49 @@
 import asyncio
 import logging
 import unicodedata
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from os import PathLike
+from types import TracebackType
 from typing import Final, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import TypedDict
+from typing_extensions import Self
 
 from lookonce.embedding import ImageEmbedding
-from lookonce.errors import ContextError, InputError
-from lookonce.images import PictureSource
-from lookonce.looker import LookOptions
+from lookonce.engine import Engine
+from lookonce.errors import InputError
+from lookonce.item import (
+    Item,
+    Picture,
+    WantedItem,
+    check_number,
+    checked_instruction,
+    checked_picture,
+    checked_pictures,
+    checked_text,
+    number_error,
+    read_items,
+)
+from lookonce.looker import LookOptions, PendingLook
 from lookonce.model import Model
 from lookonce.native.hidden import layer_tensor
 from lookonce.pooling import Pooling, check_finite, check_pooling, cut, normalize, pool
 from lookonce.principal import Principal
-from lookonce.prompt import Message, Part, Prompt, RowRun
-from lookonce.states import StateRunner
+from lookonce.prompt import Message, Part, Prompt, RowRun, TokenRun, count
+from lookonce.states import StateRunner, check_room
 
 logger = logging.getLogger(__name__)
 
 Vector = NDArray[np.float32]
-Picture = PictureSource | ImageEmbedding
 PromptStyle = Literal["chat", "plain"]
 PooledTokens = Literal["all", "text", "image"]
 
 # Qwen3-VL-Embedding's own prompt: QwenLM/Qwen3-VL-Embedding, src/models/qwen3_vl_embedding.py.
 DEFAULT_INSTRUCTION: Final = "Represent the user's input."
-
-
-class Item(TypedDict, total=False):
-    """One thing to embed: a text, one picture or several, or both; `instruction` replaces the embedder's."""
-
-    text: str
-    image: Picture
-    images: Sequence[Picture]
-    instruction: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Wanted:
-    """An item in one form: its text, its pictures before it, its instruction."""
-
-    text: str
-    pictures: tuple[Picture, ...]
-    instruction: str | None
+_REMEDY: Final = "shorten the text, or make the embedder with truncate=True"
+_ROWS_AT_ONCE: Final = 4096  # image rows in memory before they are evaluated: 64 MB for a model of 2 B
 
 
 class Embedder:
@@ -63,10 +59,12 @@ class Embedder:
     instruction: what the model is told about the task; None is `Represent the user's input.`
     prompt: `chat` is the prompt of Qwen3-VL-Embedding through the model's chat template, `plain` only the input, after
         an instruction if one is given.
+    min_pixels, max_pixels: as `Model.look` takes them.
     truncate: cut a text that does not fit the context, with a warning in the log, where otherwise it is an error.
     pca: a fitted scikit-learn PCA, or a file that `save_pca` wrote, applied before `dimension`.
 
-    Raises InputError for an option that the model cannot serve.
+    Raises InputError for an option that the model cannot serve. The memory of its context, as large as the work so
+    far needed, is given back by `close` or at the end of a `with` block, and with the model's.
 
     >>> embedder = Embedder(model, pooling="last")                         # doctest: +SKIP
     >>> embedder.embed_text("a cat") @ embedder.embed_image("cat.jpg")     # doctest: +SKIP
@@ -83,6 +81,8 @@ class Embedder:
         dimension: int | None = None,
         instruction: str | None = None,
         prompt: PromptStyle = "chat",
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
         truncate: bool = False,
         pca: object | str | PathLike[str] | None = None,
     ) -> None:
@@ -95,11 +95,10 @@ class Embedder:
         self._normalize = normalize
         self._pca = None if pca is None else Principal.of(pca, self._engine.text.width)
         width = self._engine.text.width if self._pca is None else self._pca.dimension
-        if dimension is not None and (isinstance(dimension, bool) or not 1 <= dimension <= width):
-            raise InputError(f"dimension is {dimension!r}: give a whole number from 1 to {width}")
-        self.dimension: Final = dimension or width
-        self._instruction = _checked_text("instruction", instruction) if instruction is not None else None
+        self.dimension: Final = width if dimension is None else check_number("dimension", dimension, width)
+        self._instruction = checked_instruction(instruction)
         self._style = prompt
+        self._look_options = LookOptions(min_pixels, max_pixels)
         self._truncate = truncate
         self._runner = StateRunner(self._engine, layer, one_each=pooling in ("last", "cls"))
 
@@ -114,18 +113,20 @@ class Embedder:
 
     def embed_text(self, text: str, *, instruction: str | None = None) -> Vector:
         """Vector of a text, (dimension,)."""
-        return self._one(_Wanted(_checked_text("text", text), (), instruction))
+        return self._one(WantedItem(checked_text("text", text), (), checked_instruction(instruction)))
 
     def embed_image(self, image: Picture, *, instruction: str | None = None) -> Vector:
         """Vector of a picture, (dimension,)."""
-        return self._one(_Wanted("", (_checked_picture(image),), instruction))
+        return self._one(WantedItem("", (checked_picture(image),), checked_instruction(instruction)))
 
     def embed_multimodal(
-        self, text: str, images: Picture | Sequence[Picture], *, instruction: str | None = None
+        self, text: str, images: Picture | list[Picture] | tuple[Picture, ...], *, instruction: str | None = None
     ) -> Vector:
         """Vector of a text with one picture or several, which stand before it, (dimension,)."""
-        pictures = tuple(images) if isinstance(images, list | tuple) else (images,)
-        return self._one(_Wanted(_checked_text("text", text), tuple(map(_checked_picture, pictures)), instruction))
+        pictures = checked_pictures(images if isinstance(images, list | tuple) else [images])
+        if not pictures:
+            raise InputError("there is no picture: give at least one, or use embed_text")
+        return self._one(WantedItem(checked_text("text", text), pictures, checked_instruction(instruction)))
 
     def embed_batch(
         self,
@@ -136,24 +137,15 @@ class Embedder:
     ) -> Vector:
         """Vectors of many items, (n, dimension), in their order.
 
-        batch_size: how many items are looked at and evaluated before the next; it changes speed and memory, not the
-            vectors.
+        batch_size: how many items at most are evaluated before the next; it changes speed and memory, not the vectors.
         progress: is told how many of how many are done.
 
-        Raises InputError, with the item's number, for one that cannot be embedded.
+        Raises InputError, with the item's number from 0, for one that cannot be embedded.
         """
-        wanted = [_read_item(number, item) for number, item in enumerate(items)]
+        wanted = read_items(items)
         if not wanted:
             raise InputError("there is nothing to embed: give at least one item")
-        if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
-            raise InputError(f"batch_size is {batch_size!r}: give a whole number of at least 1")
-        vectors = np.empty((len(wanted), self.dimension), dtype=np.float32)
-        for start in range(0, len(wanted), batch_size):
-            part = wanted[start : start + batch_size]
-            vectors[start : start + len(part)] = self._vectors(part)
-            if progress is not None:
-                progress(start + len(part), len(wanted))
-        return vectors
+        return self._vectors(wanted, batch_size=batch_size, progress=progress)
 
     async def aembed_text(self, text: str, *, instruction: str | None = None) -> Vector:
         """`embed_text` without blocking the event loop."""
@@ -164,7 +156,7 @@ class Embedder:
         return await asyncio.to_thread(self.embed_image, image, instruction=instruction)
 
     async def aembed_multimodal(
-        self, text: str, images: Picture | Sequence[Picture], *, instruction: str | None = None
+        self, text: str, images: Picture | list[Picture] | tuple[Picture, ...], *, instruction: str | None = None
     ) -> Vector:
         """`embed_multimodal` without blocking the event loop."""
         return await asyncio.to_thread(self.embed_multimodal, text, images, instruction=instruction)
@@ -186,13 +178,10 @@ class Embedder:
         `prompt` is the instruction; `normalize_embeddings` replaces the embedder's `normalize`.
         """
         single = isinstance(sentences, str | Mapping)
-        items: Sequence[str | Item] = [sentences] if isinstance(sentences, str | Mapping) else sentences
-        wanted = [_read_item(number, item) for number, item in enumerate(items)]
+        wanted = read_items([sentences] if isinstance(sentences, str | Mapping) else sentences, prompt)
         if not wanted:
             return np.empty((0, self.dimension), dtype=np.float32)
-        told = [_Wanted(one.text, one.pictures, one.instruction or prompt) for one in wanted]
-        parts = [told[start : start + batch_size] for start in range(0, len(told), batch_size)]
-        vectors = np.concatenate([self._vectors(part, normalized=normalize_embeddings) for part in parts])
+        vectors = self._vectors(wanted, batch_size=batch_size, normalized=normalize_embeddings)
         return np.asarray(vectors[0]) if single else vectors
 
     def save_pca(self, path: str | PathLike[str]) -> None:
@@ -201,60 +190,142 @@ class Embedder:
             raise InputError("this embedder has no PCA to save: make it with pca=")
         self._pca.save(path)
 
-    def _one(self, wanted: _Wanted) -> Vector:
+    def close(self) -> None:
+        """Give the memory of the embedder's context back; may be called twice. The next vector makes it anew."""
+        self._runner.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def _one(self, wanted: WantedItem) -> Vector:
         return np.asarray(self._vectors([wanted])[0])
 
-    def _vectors(self, items: Sequence[_Wanted], *, normalized: bool | None = None) -> Vector:
-        pictures = [one for item in items for one in item.pictures]
-        looks = iter(self._engine.finish(self._engine.prepare(pictures, LookOptions())))
-        prompts = [self._prompt(item, tuple(next(looks) for _ in item.pictures)) for item in items]
-        flags = [self._flags(prompt) for prompt in prompts]
-        states = self._runner.run(prompts, flags)
-        pooled = np.stack([pool(one, self._pooling) for one in states])
-        check_finite(pooled, self._engine.name)
-        if self._pca is not None:
-            pooled = self._pca.apply(pooled)
-        vectors = cut(pooled, self.dimension)
+    def _vectors(
+        self,
+        wanted: Sequence[WantedItem],
+        *,
+        batch_size: int = 256,
+        normalized: bool | None = None,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Vector:
+        check_number("batch_size", batch_size, None)
+        vectors = np.empty((len(wanted), self.dimension), dtype=np.float32)
+        done = 0
+        for numbers, prompts in self._batches(wanted, batch_size):
+            vectors[numbers] = self._evaluate(prompts)
+            done += len(numbers)
+            if progress is not None:
+                progress(done, len(wanted))
         return normalize(vectors) if (self._normalize if normalized is None else normalized) else vectors
+
+    def _batches(self, wanted: Sequence[WantedItem], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
+        """Places and prompts of what is evaluated together: texts before pictures, texts of one length side by side."""
+        order = sorted(range(len(wanted)), key=lambda place: (bool(wanted[place].pictures), -len(wanted[place].text)))
+        looks = _CallLooks(self._engine, self._look_options)
+        places: list[int] = []
+        prompts: list[Prompt] = []
+        for place in order:
+            places.append(place)
+            prompts.append(self._prompt(wanted[place], looks))
+            if len(prompts) == batch_size or sum(prompt.n_rows for prompt in prompts) >= _ROWS_AT_ONCE:
+                yield places, prompts
+                places, prompts = [], []
+        if prompts:
+            yield places, prompts
+
+    def _evaluate(self, prompts: Sequence[Prompt]) -> Vector:
+        """Vectors of prompts, as long as `dimension` and not normalised."""
+        states = self._runner.run(prompts, [self._flags(prompt) for prompt in prompts])
+        pooled = check_finite(np.stack([pool(one, self._pooling) for one in states]), self._engine.name)
+        return cut(pooled if self._pca is None else self._pca.apply(pooled), self.dimension)
 
     def _flags(self, prompt: Prompt) -> NDArray[np.bool_]:
         """Which cells of a prompt are evaluated for the pooling: all of the chosen kind, or the one that it takes."""
-        rows = np.concatenate([np.full(_n_cells(run), isinstance(run, RowRun)) for run in prompt.runs])
-        chosen = {"all": np.ones_like(rows), "text": ~rows, "image": rows}[self._tokens]
-        places = np.flatnonzero(chosen)
-        if not len(places):
-            raise InputError(
-                f"tokens is {self._tokens!r}, but an item has none: give it a picture, or pool other tokens"
-            )
+        chosen = self._chosen(prompt)
         if self._pooling in ("last", "cls"):
+            place = np.flatnonzero(chosen)[-1 if self._pooling == "last" else 0]
             chosen = np.zeros_like(chosen)
-            chosen[places[-1 if self._pooling == "last" else 0]] = True
+            chosen[place] = True
         return chosen
 
-    def _prompt(self, item: _Wanted, looks: tuple[ImageEmbedding, ...]) -> Prompt:
-        text = item.text
-        while True:
-            prompt = self._render(item.instruction, (*looks, text) if text else looks)
-            over = prompt.n_tokens + prompt.n_rows - self._engine.n_ctx
-            if over <= 0:
-                return prompt
-            tokens = self._engine.text.tokenize(text)
-            if not self._truncate or len(tokens) <= over:
-                raise ContextError(
-                    f"an item has {prompt.n_tokens} tokens and {prompt.n_rows} image rows, but the context holds "
-                    f"{self._engine.n_ctx}: shorten it, make the embedder with truncate=True, or load the model with a "
-                    "larger n_ctx"
-                )
-            logger.warning("a text of %d tokens was cut to %d to fit the context", len(tokens), len(tokens) - over)
-            kept = b"".join(self._engine.text.piece(token, special=True) for token in tokens[:-over])
-            text = kept.decode("utf-8", errors="ignore")
+    def _chosen(self, prompt: Prompt) -> NDArray[np.bool_]:
+        rows = np.concatenate([np.full(_n_cells(run), isinstance(run, RowRun)) for run in prompt.runs])
+        if self._tokens == "all":
+            return np.ones_like(rows)
+        return rows if self._tokens == "image" else ~rows
 
-    def _render(self, instruction: str | None, parts: tuple[Part, ...]) -> Prompt:
+    def _prompt(self, item: WantedItem, looks: "_CallLooks") -> Prompt:
+        """An item's prompt, its pictures looked at. Raises InputError's kinds, with the item's number if it has one."""
+        try:
+            self._check_poolable(item)
+            prepared = [looks.prepare(picture) for picture in item.pictures]
+            if prepared:  # before they cost work
+                parts = self._render(item.instruction, (*prepared, "" if self._truncate else item.text))
+                check_room(*count(parts, self._engine.text.tokenize), self._engine.n_ctx, _REMEDY)
+            return self._fitted(item, [looks.finish(one) for one in prepared])
+        except InputError as error:
+            raise error if item.number is None else number_error(error, item.number) from error
+
+    def _check_poolable(self, item: WantedItem) -> None:
+        if self._tokens == "image" and not item.pictures:
+            raise InputError("tokens is 'image', but there is no picture: give one, or pool other tokens")
+
+    def _fitted(self, item: WantedItem, looks: Sequence[ImageEmbedding]) -> Prompt:
+        """The item's prompt; of a text that does not fit the context, as much as does if `truncate` says so."""
+        engine, text = self._engine, item.text
+        n_before = n_tokens = 0
+        while True:
+            prompt = engine.plain_prompt(self._render(item.instruction, (*looks, text)))
+            over = prompt.n_tokens + prompt.n_rows - engine.n_ctx
+            if over <= 0:
+                break
+            tokens = engine.text.tokenize(text)
+            if not self._truncate or len(tokens) <= over:
+                check_room(prompt.n_tokens, prompt.n_rows, engine.n_ctx, _REMEDY)
+            n_before, n_tokens = n_before or len(tokens), len(tokens) - over
+            kept = b"".join(engine.text.piece(token, special=True) for token in tokens[:n_tokens])
+            text = kept.decode("utf-8", errors="ignore")  # a character can be cut in two
+            if not text:
+                check_room(prompt.n_tokens, prompt.n_rows, engine.n_ctx, _REMEDY)
+        if n_before:
+            logger.warning("a text of %d tokens was cut to %d to fit the context", n_before, n_tokens)
+        return prompt
+
+    def _render(self, instruction: str | None, parts: Sequence[Part]) -> tuple[Part, ...]:
+        """What stands in the prompt, for pictures and a text that may be empty."""
         told = self._instruction if instruction is None else instruction
+        filled = tuple(part for part in parts if part != "")
         if self._style == "plain":
-            return self._engine.plain_prompt(parts if told is None else (f"{told}\n", *parts))
-        told = _ended(told or DEFAULT_INSTRUCTION)
-        return self._engine.prompt([Message("system", (told,)), Message("user", parts)])
+            return filled if told is None else (f"{told}\n", *filled)
+        messages = [Message("system", (_ended(told or DEFAULT_INSTRUCTION),)), Message("user", filled)]
+        return self._engine.template.render(messages)
+
+
+class _CallLooks:
+    """The looks of one call: a picture that comes again, near enough to be held still, is not encoded again."""
+
+    def __init__(self, engine: Engine, options: LookOptions) -> None:
+        self._engine = engine
+        self._options = options
+        self._held: OrderedDict[str, ImageEmbedding] = OrderedDict()
+
+    def prepare(self, picture: Picture) -> ImageEmbedding | PendingLook:
+        """The picture's look, or the picture made ready for the tower."""
+        (prepared,) = self._engine.prepare([picture], self._options)
+        return prepared
+
+    def finish(self, prepared: ImageEmbedding | PendingLook) -> ImageEmbedding:
+        """The look, through the tower where it is not held."""
+        if isinstance(prepared, ImageEmbedding):
+            return prepared
+        look = self._held.pop(prepared.key, None) or self._engine.finish([prepared])[0]
+        self._held[prepared.key] = look
+        while len(self._held) > 1 and sum(one.n_rows for one in self._held.values()) > _ROWS_AT_ONCE:
+            self._held.popitem(last=False)
+        return look
 
 
 def _ended(instruction: str) -> str:
@@ -263,48 +334,10 @@ def _ended(instruction: str) -> str:
     return instruction if unicodedata.category(instruction[-1]).startswith("P") else instruction + "."
 
 
-def _n_cells(run: object) -> int:
-    return run.stop - run.start if isinstance(run, RowRun) else len(getattr(run, "tokens", ()))
+def _n_cells(run: TokenRun | RowRun) -> int:
+    return run.stop - run.start if isinstance(run, RowRun) else len(run.tokens)
 
 
-def _read_item(number: int, item: str | Item) -> _Wanted:
-    try:
-        return _checked_item({"text": item} if isinstance(item, str) else item)
-    except InputError as error:
-        raise InputError(f"item {number} cannot be embedded: {error}") from error
-
-
-def _checked_item(item: Item) -> _Wanted:
-    if not isinstance(item, Mapping):
-        raise InputError(f"it is a {type(item).__name__}: give a text or a mapping with text, image or images")
-    if unknown := set(item) - set(Item.__annotations__):
-        raise InputError(f"it has the key {min(map(str, unknown))!r}: use text, image, images, instruction")
-    text, instruction = item.get("text"), item.get("instruction")
-    pictures = [item["image"]] if item.get("image") is not None else []
-    pictures += item.get("images") or []
-    if text is None and not pictures:
-        raise InputError("it has neither a text nor a picture: give one of them")
-    return _Wanted(
-        "" if text is None else _checked_text("text", text),
-        tuple(map(_checked_picture, pictures)),
-        None if instruction is None else _checked_text("instruction", instruction),
-    )
-
-
-def _checked_text(name: str, text: object) -> str:
-    if not isinstance(text, str):
-        raise InputError(f"{name} is a {type(text).__name__}: give a text")
-    if not text.strip():
-        raise InputError(f"{name} is empty: write something")
-    return text
-
-
-def _checked_picture(picture: Picture) -> Picture:
-    if picture is None:
-        raise InputError("a picture is None: give a path, bytes, an image, an array or a look")
-    return picture
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
     if value not in choices:
         raise InputError(f"{name} is {value!r}: choose one of {', '.join(choices)}")

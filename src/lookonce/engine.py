@@ -6,6 +6,7 @@ The lock is held for native work only: a chat template or a picture's decoding r
 import logging
 import threading
 import time
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -28,6 +29,7 @@ from lookonce.store import Store
 logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT: Final = 8192
+_LONGEST_CALL_S: Final = 60.0  # how long the end of the process waits for another thread's native call
 OVERLAPPING_TURNS: Final = 4  # streams that can be under way without taking each other's sequence
 
 
@@ -90,6 +92,7 @@ class Engine:
         logger.info("loaded %s in %.2f s", files.text.path, time.perf_counter() - started)
         self.options: Final = options.context_options(min(DEFAULT_CONTEXT, self.text.context_length))
         self.options.check_length(self.text)
+        self._end = weakref.finalize(self, _free_all, self.lock, self.text, self._owned_store)
         self.looker: Final = Looker(
             self.text,
             files.text,
@@ -198,5 +201,17 @@ class Engine:
             if self._context is not None:
                 self._context.close()
             self.text.close()
-        if self._owned_store is not None:
-            self._owned_store.close()
+        self._end()
+
+
+def _free_all(lock: threading.Lock, text: TextModel, store: Store | None) -> None:
+    """Free what was not closed, when the engine is forgotten or the process ends, where a thread may be at work."""
+    if lock.acquire(timeout=_LONGEST_CALL_S):
+        try:
+            text.close()
+        finally:
+            lock.release()
+    else:
+        text.native.abandon()
+    if store is not None:
+        store.close()

@@ -88,11 +88,11 @@ class Projector:
         """SHA-256 of the file's content, remembered in the store for as long as the file is unchanged."""
         if self._fingerprint is None:
             note = _file_identity(self.path)
-            known = _recall_sealed(self._store, "fingerprint", note)
+            known = self._store.recall("fingerprint", note) if self._store else None
             fingerprint = known or gguf_file.fingerprint(self.path)
             settled = time.time() - self.path.stat().st_mtime > _SETTLED_S
-            if known is None and settled and note == _file_identity(self.path):
-                _remember_sealed(self._store, "fingerprint", note, fingerprint)
+            if self._store and known is None and settled and note == _file_identity(self.path):
+                self._store.remember("fingerprint", note, fingerprint)
             self._identity = note
             self._fingerprint = fingerprint
         return self._fingerprint
@@ -303,23 +303,12 @@ class Looker:
             return None
 
     def _recall(self, note: str) -> ImageEmbedding | None:
-        key = _recall_sealed(self._store, "picture", note)
+        key = self._store.recall("picture", note) if self._store else None
         return None if key is None else self._stored(key)
 
     def _remember(self, note: str | None, key: str) -> None:
-        if note is not None:
-            _remember_sealed(self._store, "picture", note, key)
-
-
-def _recall_sealed(store: Store | None, kind: str, note: str) -> str | None:
-    # A note is a shortcut, so a damaged one must not lead to another picture or projector: it is sealed.
-    value, _, seal = ((store.recall(kind, note) if store else None) or "").partition(":")
-    return value if seal and seal == _digest(kind, note, value) else None
-
-
-def _remember_sealed(store: Store | None, kind: str, note: str, value: str) -> None:
-    if store:
-        store.remember(kind, note, f"{value}:{_digest(kind, note, value)}")
+        if self._store and note:
+            self._store.remember("picture", note, key)
 
 
 def _grid(positions: NDArray[np.int32], segments: tuple[object, ...], *, mrope: bool) -> tuple[int, int]:

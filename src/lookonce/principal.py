@@ -1,5 +1,8 @@
 """A fitted principal component analysis as two arrays: applied with numpy, kept in a file without pickle."""
 
+import io
+import zipfile
+import zlib
 from dataclasses import dataclass
 from os import PathLike, fspath
 from pathlib import Path
@@ -7,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from lookonce.durable import write_durably
 from lookonce.errors import InputError
 
 
@@ -26,10 +30,12 @@ class Principal:
             found = cls.load(pca)
         else:
             found = cls._of_estimator(pca)
-        if found.mean.shape != (width,) or found.components.shape[1:] != (width,):
+        if found.components.ndim != 2 or found.mean.shape != (width,) or found.components.shape[1] != width:
             raise InputError(
-                f"the PCA takes vectors of {found.mean.shape[0]}, but the model gives {width}: fit it anew"
+                f"the PCA takes vectors of {found.mean.size}, but the model gives {width}: fit it anew on its vectors"
             )
+        if not (np.isfinite(found.mean).all() and np.isfinite(found.components).all()):
+            raise InputError("the PCA holds values that are not finite: fit it anew")
         return found
 
     @classmethod
@@ -37,23 +43,31 @@ class Principal:
         mean, components = getattr(pca, "mean_", None), getattr(pca, "components_", None)
         if mean is None or components is None:
             raise InputError(f"pca is a {type(pca).__name__}: give a fitted scikit-learn PCA or a saved one's file")
+        components = np.asarray(components, dtype=np.float64)
         if getattr(pca, "whiten", False):
-            components = components / np.sqrt(np.maximum(getattr(pca, "explained_variance_", 1.0), 1e-12))[:, None]
-        return cls(np.asarray(mean, dtype=np.float32), np.asarray(components, dtype=np.float32))
+            # As scikit-learn divides: a variance of nearly nothing must not blow its component up.
+            scale = np.sqrt(np.asarray(getattr(pca, "explained_variance_", 1.0), dtype=np.float64))
+            components = components / np.maximum(scale, np.finfo(np.float64).eps).reshape(-1, 1)
+        return cls(np.asarray(mean, dtype=np.float32), components.astype(np.float32))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Principal":
         """Read what `save` wrote. Raises InputError for anything else."""
+        damage = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
         try:
             with np.load(path, allow_pickle=False) as arrays:
                 return cls(arrays["mean"].astype(np.float32), arrays["components"].astype(np.float32))
-        except (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError) as error:
+        except damage as error:
             raise InputError(f"{fspath(path)!r} is no saved PCA ({error}): save one with save_pca") from error
 
     def save(self, path: str | PathLike[str]) -> None:
-        """Write a `.npz` file with the two arrays."""
-        with Path(path).open("wb") as file:
-            np.savez(file, mean=self.mean, components=self.components)
+        """Write an `.npz` file with the two arrays, whole or not at all. Raises InputError where it cannot be."""
+        data = io.BytesIO()
+        np.savez(data, mean=self.mean, components=self.components)
+        try:
+            write_durably(Path(path), data.getvalue())
+        except OSError as error:
+            raise InputError(f"{fspath(path)!r} cannot be written: {error.strerror or error}") from error
 
     @property
     def dimension(self) -> int:

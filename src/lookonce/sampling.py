@@ -75,6 +75,11 @@ class Sampling:
         return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop)
 
     @property
+    def has_grammar(self) -> bool:
+        """Whether a schema or a grammar decides what may be written."""
+        return self.json_schema is not None or self.grammar is not None
+
+    @property
     def schema_text(self) -> str | None:
         """The JSON schema as text. Raises PromptError where it is not JSON."""
         if self.json_schema is None:

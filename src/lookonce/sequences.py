@@ -67,7 +67,7 @@ class _Slot:
             self.n_cells += len(run.tokens)
             advance = len(run.tokens)
         else:
-            self.units.append(run.identity)
+            self.units.append(run)
             self.n_cells += run.stop - run.start
             advance = run.advance
         self.position += advance

@@ -14,15 +14,14 @@ from numpy.typing import NDArray
 from lookonce.durable import write_durably
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine
-from lookonce.errors import InputError, PromptError
+from lookonce.errors import InputError, NativeError, PromptError
 from lookonce.images import PictureSource
-from lookonce.looker import LookOptions
+from lookonce.looker import LookOptions, PendingLook
 from lookonce.model import Model
 from lookonce.native.hidden import layer_tensor
 from lookonce.pooling import check_finite
-from lookonce.prompt import Message, Prompt, TokenRun
-from lookonce.sequences import refuse_overflow
-from lookonce.states import StateRunner
+from lookonce.prompt import Message, Prompt, TokenRun, count
+from lookonce.states import StateRunner, check_room
 
 DEFAULT_PROMPT: Final = "Describe the image."
 
@@ -43,8 +42,9 @@ class TokenSpan:
 class Stages:
     """What one prompt with its pictures became at each stage, all F32.
 
-    vision_tokens: the tower's output before the projector, (Nv, Cv): patches in the reference's order, the pictures'
-        one after the other.
+    vision_tokens: the tower's output before the projector, (Nv, Cv), the pictures' one after the other, as
+        transformers' `last_hidden_state` has it: for Qwen3-VL four patches in a row become one projected token; the
+        patches of Qwen2.5-VL stand in the order of its attention windows.
     vision_layers: the outputs of the layers that were asked for, (Nv, Cv) each.
     projected_tokens: the projector's output, (N, D).
     deepstack_features: what DeepStack adds in the text model's first layers, (layers, N, D).
@@ -103,9 +103,10 @@ class Stages:
             arrays |= {f"vision_layer_{number}": values for number, values in self.vision_layers.items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
+            manifest = folder / "manifest.json"
+            manifest.unlink(missing_ok=True)
             for name, values in arrays.items():
                 _write_array(folder / f"{name}.npy", values)
-            manifest = folder / "manifest.json"
             # Last, so that a folder with a manifest is whole.
             write_durably(manifest, json.dumps(self._manifest(arrays), ensure_ascii=False, indent=2).encode())
         except OSError as error:
@@ -159,23 +160,24 @@ def extract(
     engine = model.engine
     number, _ = layer_tensor(engine.text, layer)
     wanted = _checked_layers(engine.looker.tower_depth, vision_layers)
-    looked = _look(engine, sources, wanted, LookOptions(min_pixels, max_pixels, "f32"))
+    options = LookOptions(min_pixels, max_pixels, "f32")
+    pending = [engine.looker.prepare_anew(source, options) for source in sources]
+    parts = engine.template.render([Message("user", (*pending, prompt))])
+    check_room(*count(parts, engine.text.tokenize), engine.n_ctx, "shorten it")  # before the tower works
+    looked = [_look(engine, one, wanted) for one in pending]
     looks = [look for look, _ in looked]
     whole = engine.prompt([Message("user", (*looks, prompt))])
-    refuse_overflow(whole.n_tokens, whole.n_rows, engine.n_ctx + 1)
-    (states,) = StateRunner(engine, layer).run([whole], [np.ones(whole.n_tokens + whole.n_rows, dtype=np.bool_)])
-    check_finite(states, engine.name)
+    check_room(whole.n_tokens, whole.n_rows, engine.n_ctx, "shorten it")
+    states = _states(engine, whole, layer)
     width = engine.text.width
     rows = np.concatenate([np.asarray(look.rows, dtype=np.float32) for look in looks])
-    seen = {layer: np.concatenate([found[layer] for _, found in looked]) for layer in looked[0][1]}
     last = engine.looker.tower_depth - 1
+    seen = {one: np.concatenate([found[one] for _, found in looked]) for one in (*wanted, last)}
     return Stages(
         model_name=engine.name,
         prompt=prompt,
         layer=number,
-        pictures=tuple(
-            str(source) if isinstance(source, str | PathLike) else type(source).__name__ for source in sources
-        ),
+        pictures=tuple(map(_name, sources)),
         vision_tokens=seen[last],
         vision_layers={one: seen[one] for one in wanted},
         projected_tokens=rows[:, :width],
@@ -183,8 +185,17 @@ def extract(
         lm_last_hidden=states[None],
         visual_token_lens=tuple(look.n_rows for look in looks),
         vision_token_lens=tuple(len(found[last]) for _, found in looked),
-        spans=tuple(_spans(engine, whole)),
+        spans=tuple(_spans(whole, _system_tokens(engine))),
     )
+
+
+def _states(engine: Engine, prompt: Prompt, layer: int) -> Array:
+    runner = StateRunner(engine, layer)
+    try:
+        (states,) = runner.run([prompt], [np.ones(prompt.n_tokens + prompt.n_rows, dtype=np.bool_)])
+    finally:
+        runner.close()
+    return check_finite(states, engine.name)
 
 
 def _listed(pictures: PictureSource | Sequence[PictureSource]) -> list[PictureSource]:
@@ -197,7 +208,9 @@ def _name(source: PictureSource) -> str:
     return str(source) if isinstance(source, str | PathLike) else type(source).__name__
 
 
-def _checked_layers(depth: int, layers: Iterable[int]) -> tuple[int, ...]:
+def _checked_layers(depth: int, layers: object) -> tuple[int, ...]:
+    if not isinstance(layers, Iterable) or isinstance(layers, str):
+        raise InputError(f"vision_layers is {layers!r}: give a list of whole numbers from 0 to {depth - 1}")
     wanted = tuple(layers)
     for layer in wanted:
         if isinstance(layer, bool) or not isinstance(layer, int) or not 0 <= layer < depth:
@@ -205,34 +218,31 @@ def _checked_layers(depth: int, layers: Iterable[int]) -> tuple[int, ...]:
     return wanted
 
 
-def _look(
-    engine: Engine, sources: Sequence[PictureSource], layers: Sequence[int], options: LookOptions
-) -> list[tuple[ImageEmbedding, dict[int, Array]]]:
-    """Each picture's look, with the outputs of the tower's last layer and of `layers`."""
-    names = {f"layer_out-{layer}": layer for layer in (*layers, engine.looker.tower_depth - 1)}
-    found = []
-    for pending in [engine.looker.prepare_anew(source, options) for source in sources]:
-        look, tensors = engine.looker.finish_with(pending, names)
-        found.append((look, {layer: check_finite(tensors[name], engine.name) for name, layer in names.items()}))
-    return found
+def _look(engine: Engine, pending: PendingLook, layers: Sequence[int]) -> tuple[ImageEmbedding, dict[int, Array]]:
+    """A picture's look, with the outputs of `layers` and of the tower's last layer."""
+    names = {layer: f"layer_out-{layer}" for layer in (*layers, engine.looker.tower_depth - 1)}
+    look, tensors = engine.looker.finish_with(pending, frozenset(names.values()))
+    if missing := set(names.values()) - set(tensors):
+        raise NativeError(f"llama.cpp shows no {min(missing)} of this tower: its architecture gives no vision tokens")
+    return look, {layer: check_finite(tensors[name], engine.name) for layer, name in names.items()}
 
 
-def _spans(engine: Engine, prompt: Prompt) -> list[TokenSpan]:
+def _spans(prompt: Prompt, n_system: int) -> list[TokenSpan]:
     """The prompt's cells by what they are; what the template writes before the user's input counts as system."""
-    spans = [TokenSpan("system", 0, _system_tokens(engine))]
+    spans = [TokenSpan("system", 0, n_system)]
     end, image = 0, -1
     for run in prompt.runs:
-        start = max(end, spans[0].stop)
+        start = max(end, n_system)
         if isinstance(run, TokenRun):
             end += len(run.tokens)
             spans.append(TokenSpan("text", start, end))
-        elif run.start == 0:
-            end += run.stop
-            image += 1
-            spans.append(TokenSpan("image", start, end, image))
-        else:  # more of the same picture
-            end += run.stop - run.start
+            continue
+        end += run.stop - run.start
+        image += run.start == 0
+        if run.start and spans[-1].kind == "image":  # more of the same picture
             spans[-1] = replace(spans[-1], stop=end)
+        else:
+            spans.append(TokenSpan("image", start, end, image))
     return [span for span in spans if span.start < span.stop]
 
 

@@ -12,18 +12,39 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.engine import Engine
+from lookonce.errors import ContextError
 from lookonce.native.hidden import HiddenContext
 from lookonce.native.text import BATCH_TOKENS
-from lookonce.prompt import Prompt, Run, TokenRun
+from lookonce.prompt import Prompt, Run, TokenRun, Unit
 
 _SEQUENCES: Final = 64  # sequence 0 holds the shared beginning, the others one short prompt each
 _GRANULE: Final = 256  # contexts grow by this many cells
+_LEAST_SHARED: Final = 8  # units; a beginning of fewer is not worth a call of its own
 
 States = NDArray[np.float32]
 Flags = NDArray[np.bool_]
 
 
-@dataclass(frozen=True, slots=True)
+def check_room(n_tokens: int, n_rows: int, n_ctx: int, remedy: str) -> None:
+    """Raise ContextError where what is to be evaluated does not fit the context; `remedy` is for its text."""
+    if n_tokens + n_rows > n_ctx:
+        raise ContextError(
+            f"the prompt has {n_tokens} tokens and {n_rows} image rows, but the context holds {n_ctx}: "
+            f"{remedy}, make the pictures smaller with max_pixels, or load the model with a larger n_ctx"
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Beginning:
+    """What sequence 0 holds for the prompts that begin with it, and the states of its wanted cells."""
+
+    units: tuple[Unit, ...]
+    wanted: Flags
+    states: States
+    position: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class _Tail:
     """What of one prompt is its own: the runs after the shared beginning, and which of their cells are wanted."""
 
@@ -44,9 +65,9 @@ class _Tail:
 class StateRunner:
     """Evaluates prompts for the hidden states of one layer. Safe to use from several threads.
 
-    Its context is as large as the work so far needed, and apart from the one that replies are made in. `one_each`
-    promises that of each prompt at most one cell is wanted, which saves memory: llama.cpp keeps room for the logits
-    of every wanted cell.
+    Its context is as large as the work so far needed, and apart from the one that replies are made in. The beginning
+    that prompts share stays in it from call to call. `one_each` promises that of each prompt at most one cell is
+    wanted, which saves memory: llama.cpp keeps room for the logits of every wanted cell.
     """
 
     def __init__(self, engine: Engine, layer: int, *, one_each: bool = False) -> None:
@@ -54,42 +75,78 @@ class StateRunner:
         self._layer = layer
         self._n_outputs = _SEQUENCES if one_each else BATCH_TOKENS
         self._context: HiddenContext | None = None
+        self._beginning: _Beginning | None = None
+        self._last_units: list[Unit] = []
         self._turn = threading.Lock()  # one call at a time uses the sequences; the engine's lock is taken per batch
 
     def run(self, prompts: Sequence[Prompt], wanted: Sequence[Flags]) -> list[States]:
         """Each prompt's states of its wanted cells, (n, width) in prompt order. `wanted` is (n_cells,) for each."""
-        shared = _shared_units(prompts)
-        beginning, _ = _split(prompts[0].runs, shared)
-        n_shared = sum(map(_n_cells, beginning))
+        with self._turn:
+            try:
+                return self._run(prompts, wanted)
+            except BaseException:
+                self._drop()  # what its sequences hold is not known any more
+                raise
+
+    def _run(self, prompts: Sequence[Prompt], wanted: Sequence[Flags]) -> list[States]:
+        lists = [list(prompt.units()) for prompt in prompts]
+        shared = self._choose_beginning(lists)
+        runs, _ = _split(prompts[0].runs, shared)
+        n_shared = sum(map(_n_cells, runs))
         kept = np.logical_or.reduce([flags[:n_shared] for flags in wanted])
         tails = [
-            _Tail(index, _split(prompt.runs, shared)[1], flags[n_shared:])
+            _tail(index, _split(prompt.runs, shared)[1], flags[n_shared:])
             for index, (prompt, flags) in enumerate(zip(prompts, wanted, strict=True))
         ]
-        groups = list(_groups(tails))
-        found: list[States] = [np.empty((0, 0), dtype=np.float32)] * len(prompts)
-        with self._turn:
-            context = self._reserve(n_shared + max(sum(tail.n_cells for tail in group) for group in groups))
-            head, position = self._evaluate(context, beginning, kept, sequence=0, position=0)
-            for group in groups:
-                for tail, states in zip(group, self._evaluate_group(context, group, position), strict=True):
-                    own = wanted[tail.index][:n_shared][kept]
-                    found[tail.index] = np.concatenate([head[own], states])
+        # All sequences share the cells, of which a context has no more than the model was trained for.
+        groups = list(_groups(tails, min(BATCH_TOKENS, self._engine.text.context_length - n_shared)))
+        context = self._reserve(n_shared + max((sum(tail.n_cells for tail in group) for group in groups), default=1))
+        beginning = self._begin(context, tuple(lists[0][:shared]), runs, kept)
+        own: dict[int, States] = {}
+        for group in groups:
+            found = self._evaluate_group(context, group, beginning.position)
+            own |= {tail.index: states for tail, states in zip(group, found, strict=True)}
+        self._last_units = lists[-1]
+        return [
+            np.concatenate([beginning.states[flags[:n_shared][beginning.wanted]], *([own[i]] if i in own else ())])
+            for i, flags in enumerate(wanted)
+        ]
+
+    def _choose_beginning(self, lists: Sequence[list[Unit]]) -> int:
+        """How many units at the start of all prompts are evaluated apart, leaving each at least one of its own."""
+        shared = _shared_units(lists if len(lists) > 1 else [*lists, self._last_units])
+        if len(lists) == 1 and shared < _LEAST_SHARED:
+            shared = 0
+        if self._beginning is not None:
+            held = len(self._beginning.units)
+            fits = all(tuple(units[:held]) == self._beginning.units and len(units) > held for units in lists)
+            if fits and (shared - held) * max(1, len(lists) - 1) <= held:  # cheaper than a longer one made anew
+                return held
+        return shared
+
+    def _begin(self, context: HiddenContext, units: tuple[Unit, ...], runs: Sequence[Run], wanted: Flags) -> _Beginning:
+        """Have sequence 0 hold the beginning, with the states of its wanted cells."""
+        held = self._beginning
+        if held is None or held.units != units or (wanted & ~held.wanted).any():
+            self._beginning = None
             with self._engine.lock:
                 context.forget(0)
-        return found
+            states, position = self._evaluate(context, runs, wanted, sequence=0, position=0)
+            held = self._beginning = _Beginning(units, wanted, states, position)
+        return held
 
     def _reserve(self, n_cells: int) -> HiddenContext:
         """The context, made anew where it is too small."""
-        with self._engine.lock:
-            if self._context is None or self._context.options.n_ctx < n_cells:
-                self.close()
-                n_ctx = min(-(-n_cells // _GRANULE) * _GRANULE, self._engine.text.context_length)
-                options = replace(
-                    self._engine.options, n_ctx=n_ctx, n_sequences=_SEQUENCES, n_outputs=min(self._n_outputs, n_ctx)
-                )
+        if self._context is None or self._context.options.n_ctx < n_cells:
+            before = 0 if self._context is None else self._context.options.n_ctx
+            self._drop()
+            n_ctx = -(-max(n_cells, before * 3 // 2) // _GRANULE) * _GRANULE
+            n_ctx = min(n_ctx, self._engine.text.context_length)
+            n_outputs = min(self._n_outputs, n_ctx)
+            options = replace(self._engine.options, n_ctx=n_ctx, n_sequences=_SEQUENCES, n_outputs=n_outputs)
+            with self._engine.lock:
                 self._context = HiddenContext(self._engine.text, options, self._layer)
-            return self._context
+        return self._context
 
     def _evaluate_group(self, context: HiddenContext, group: Sequence[_Tail], position: int) -> list[States]:
         if not group[0].packable:
@@ -121,7 +178,7 @@ class StateRunner:
         self, context: HiddenContext, runs: Iterable[Run], wanted: Flags, *, sequence: int, position: int
     ) -> tuple[States, int]:
         """Evaluate runs one after the other in one sequence; their wanted states and the position that follows."""
-        found: list[States] = []
+        found = [np.empty((0, self._engine.text.width), dtype=np.float32)]
         done = 0
         for run in _pieces(runs):
             count = _n_cells(run)
@@ -137,23 +194,37 @@ class StateRunner:
                     places = run.positions + np.int32(position)
                     found.append(context.evaluate_rows(run.rows, places, sequence, flags, causal=run.causal))
                     position += run.advance
-        width = self._engine.text.width
-        return np.concatenate(found) if found else np.empty((0, width), dtype=np.float32), position
+        return np.concatenate(found), position
 
     def close(self) -> None:
-        """Free the context; may be called twice. The caller holds the engine's lock, or is its last user."""
-        if self._context is not None:
-            self._context.close()
-            self._context = None
+        """Give the context's memory back; may be called twice. The next run makes it anew."""
+        with self._turn:
+            self._drop()
+
+    def _drop(self) -> None:
+        self._beginning = None
+        with self._engine.lock:
+            if self._context is not None:
+                self._context.close()
+                self._context = None
 
 
-def _shared_units(prompts: Sequence[Prompt]) -> int:
-    """How many units all prompts begin with, leaving each at least one of its own."""
-    lists = [list(prompt.units()) for prompt in prompts]
-    if len(lists) == 1:
-        return 0
-    first, longest = lists[0], min(map(len, lists)) - 1
+def _shared_units(lists: Sequence[list[Unit]]) -> int:
+    """How many units all begin with, leaving each at least one of its own."""
+    first, longest = lists[0], max(0, min(map(len, lists)) - 1)
     return next((n for n in range(longest) if any(units[n] != first[n] for units in lists)), longest)
+
+
+def _tail(index: int, runs: Sequence[Run], wanted: Flags) -> _Tail:
+    """One prompt's own runs up to the last that holds a wanted cell: what follows changes nothing before it."""
+    kept: list[Run] = []
+    done, end = 0, int(np.max(np.flatnonzero(wanted), initial=-1)) + 1
+    for run in runs:
+        if done >= end:
+            break
+        kept.append(TokenRun(run.tokens[: end - done]) if isinstance(run, TokenRun) else run)
+        done += _n_cells(kept[-1])
+    return _Tail(index, tuple(kept), wanted[:done])
 
 
 def _split(runs: Sequence[Run], n_units: int) -> tuple[tuple[Run, ...], tuple[Run, ...]]:
@@ -171,11 +242,13 @@ def _split(runs: Sequence[Run], n_units: int) -> tuple[tuple[Run, ...], tuple[Ru
     return tuple(before), ()
 
 
-def _groups(tails: Iterable[_Tail]) -> Iterator[list[_Tail]]:
-    """Tails that go into one batch, the longest first; one that does not fit a batch goes alone."""
+def _groups(tails: Iterable[_Tail], room: int) -> Iterator[list[_Tail]]:
+    """Tails that go into one batch of `room`, the longest first; one that does not fit a batch goes alone."""
     group: list[_Tail] = []
     for tail in sorted(tails, key=lambda tail: (-tail.n_cells, tail.index)):
-        full = len(group) == _SEQUENCES - 1 or sum(one.n_cells for one in group) + tail.n_cells > BATCH_TOKENS
+        if not tail.n_cells:
+            continue
+        full = len(group) == _SEQUENCES - 1 or sum(one.n_cells for one in group) + tail.n_cells > room
         if group and (full or not tail.packable or not group[0].packable):
             yield group
             group = []
@@ -185,13 +258,14 @@ def _groups(tails: Iterable[_Tail]) -> Iterator[list[_Tail]]:
 
 
 def _pieces(runs: Iterable[Run]) -> Iterator[Run]:
-    """Runs cut to the size of one batch; rows are so already."""
+    """Runs cut to the size of one batch, in equal parts: a short last one costs more than its tokens."""
     for run in runs:
         if isinstance(run, TokenRun):
-            for start in range(0, len(run.tokens), BATCH_TOKENS):
-                yield TokenRun(run.tokens[start : start + BATCH_TOKENS])
+            size = -(-len(run.tokens) // -(-len(run.tokens) // BATCH_TOKENS))
+            for start in range(0, len(run.tokens), size):
+                yield TokenRun(run.tokens[start : start + size])
         else:
-            yield run
+            yield run  # cut when the prompt was made
 
 
 def _n_cells(run: Run) -> int:

@@ -1,7 +1,6 @@
 """The next token is drawn as the options say; the truth is numpy's, over the same logits."""
 
 import json
-import os
 import subprocess
 import sys
 from collections import Counter
@@ -238,7 +237,7 @@ try:
 except PromptError as error:
     print(error)
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=dict(os.environ))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stdout
 

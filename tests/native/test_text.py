@@ -11,9 +11,9 @@ import llama_cpp.mtmd_cpp as mtmd
 import numpy as np
 import psutil
 import pytest
-from look_maker import make_picture
 from numpy.typing import NDArray
 
+from look_maker import make_picture
 from lookonce import images
 from lookonce.embedding import RowSegment, TextSegment
 from lookonce.errors import ClosedError, ContextError, InputError, NativeError
@@ -238,8 +238,11 @@ def test_a_full_context_is_a_context_error(model: TextModel) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"n_ctx": 0}, {"n_ctx": 1.5}, {"threads": 0}, {"threads": True}, {"threads": 513}, {"threads": 2**40}]
-    + [{"kv_type": "f8"}, {"kv_type": ["f16"]}, {"kv_type": "q8_0", "flash_attention": False}, {"n_sequences": 0}],
+    [
+        *[{"n_ctx": 0}, {"n_ctx": 1.5}, {"threads": 0}, {"threads": True}, {"threads": 513}, {"threads": 2**40}],
+        *[{"kv_type": "f8"}, {"kv_type": ["f16"]}, {"kv_type": "q8_0", "flash_attention": False}],
+        {"n_sequences": 0},
+    ],
 )
 def test_options_that_cannot_be_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=next(iter(options))):
@@ -289,15 +292,15 @@ def test_closed_models_and_contexts_say_so_and_close_twice(pair: Pair) -> None:
     context.close()
     context.close()
     for use in (lambda: context.decode_tokens([1], position=1), context.logits, lambda: context.forget(0)):
-        with pytest.raises(ClosedError, match="the context of .* is closed"):
-            use()  # type: ignore[no-untyped-call]
+        with pytest.raises(ClosedError, match=r"the context of .* is closed"):
+            use()
     model.close()
     model.close()
     with pytest.raises(ClosedError, match="the context of"):
         other.decode_tokens([1], position=0)
     for use in (lambda: model.tokenize("a"), lambda: model.piece(1), lambda: model.ends_generation(1)):
-        with pytest.raises(ClosedError, match="the text model .* is closed"):
-            use()  # type: ignore[no-untyped-call]
+        with pytest.raises(ClosedError, match=r"the text model .* is closed"):
+            use()
     with pytest.raises(ClosedError, match="the text model"):
         make_context(model, n_ctx=256)
     other.close()

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from look_maker import VISION_END, VISION_START, make_picture
 
+from look_maker import VISION_END, VISION_START, make_picture
 from lookonce.embedding import RowSegment, TextSegment
 from lookonce.errors import ClosedError, InputError, NativeError
 from lookonce.native.text import TextModel
@@ -68,7 +68,7 @@ def test_pixels_may_lie_anywhere_in_memory(tower: VisionTower) -> None:
     ],
     ids=["grey", "alpha", "floats", "nothing"],
 )
-def test_what_is_no_rgb_picture_is_refused(tower: VisionTower, pixels: np.ndarray) -> None:  # type: ignore[type-arg]
+def test_what_is_no_rgb_picture_is_refused(tower: VisionTower, pixels: np.ndarray) -> None:
     with pytest.raises(InputError, match="expected uint8"):
         tower.encode(pixels)
 
@@ -84,7 +84,7 @@ def test_a_closed_tower_says_so_and_closes_twice(tiny_pair: Pair) -> None:
         tower, other = (VisionTower(tiny_pair[1], model, threads=1) for _ in range(2))
         tower.close()
         tower.close()
-        with pytest.raises(ClosedError, match="the vision tower .* is closed"):
+        with pytest.raises(ClosedError, match=r"the vision tower .* is closed"):
             tower.encode(make_picture(1))
     with pytest.raises(ClosedError, match="the vision tower"):
         other.encode(make_picture(1))

@@ -8,7 +8,7 @@ from typing import Final
 import numpy as np
 from numpy.typing import NDArray
 
-from lookonce.errors import InputError
+from lookonce.errors import InputError, NativeError
 from lookonce.native.capture import Capture
 from lookonce.native.text import Context, ContextOptions, TextModel
 
@@ -18,17 +18,14 @@ FINAL_STATE: Final = "result_norm"  # after the last layer and the final norm
 def layer_tensor(model: TextModel, layer: int) -> tuple[int, str]:
     """The layer's number from 0, and the name of the tensor that holds its output.
 
-    `layer` -1 is the last, whose output is taken after the final norm; a middle one's after DeepStack is added, as
-    transformers' `hidden_states` are. Raises InputError for a layer that the model lacks.
+    `layer` -1 is the last, whose output is taken after the final norm; a middle one's before DeepStack is added: both
+    as transformers' `hidden_states` have them. Raises InputError for a layer that the model lacks.
     """
     n_layers = model.n_layers
     if isinstance(layer, bool) or not isinstance(layer, int) or not -n_layers <= layer < n_layers:
         raise InputError(f"layer is {layer!r}: {model.path.name} has layers 0 to {n_layers - 1}, or -1 to {-n_layers}")
     number = layer % n_layers
-    if number == n_layers - 1:
-        return number, FINAL_STATE
-    n_deepstack = model.input_width // model.width - 1
-    return number, f"deepstack_out-{number}" if number < n_deepstack else f"l_out-{number}"
+    return number, FINAL_STATE if number == n_layers - 1 else f"l_out-{number}"
 
 
 class HiddenContext:
@@ -38,7 +35,7 @@ class HiddenContext:
         _, self._tensor = layer_tensor(model, layer)
         self._capture = Capture({self._tensor}, stop_after=self._tensor)
         self._context = Context(model, options, self._capture)
-        self._width = model.width
+        self._model = model
         self.options = options
 
     def evaluate_tokens(
@@ -74,9 +71,15 @@ class HiddenContext:
         return self._tensor == FINAL_STATE
 
     def _states(self, wanted: NDArray[np.bool_]) -> NDArray[np.float32]:
+        width = self._model.width
         if not wanted.any():
-            return np.empty((0, self._width), dtype=np.float32)
-        states = self._capture.values[self._tensor][-1].reshape(-1, self._width)
+            return np.empty((0, width), dtype=np.float32)
+        captured = self._capture.values[self._tensor]
+        if not captured:
+            raise NativeError(
+                f"llama.cpp shows no {self._tensor} of {self._model.path.name}: its architecture gives no hidden states"
+            )
+        states = captured[-1].reshape(-1, width)
         return states if self._drops_rows else states[wanted]
 
     def copy(self, source: int, target: int) -> None:

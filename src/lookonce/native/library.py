@@ -235,9 +235,10 @@ class Handle:
         self._name = name
         self._dependants: weakref.WeakSet[Handle] = weakref.WeakSet()
         # The finalizer's arguments keep `needs` alive until this pointer is freed.
-        self._free = weakref.finalize(self, _free_first, free, pointer, needs)
+        self._free = weakref.finalize(self, _free_last, self._dependants, free, pointer, needs)
         if needs is not None:
             needs._dependants.add(self)
+            self._free.atexit = False  # freed with what it needs, once whoever owns both knows them to be idle
 
     @property
     def pointer(self) -> Any:
@@ -248,12 +249,18 @@ class Handle:
 
     def close(self) -> None:
         """Free the pointer, and before it what needs it; may be called twice."""
-        for dependant in tuple(self._dependants):
-            dependant.close()
         self._free()
 
+    def abandon(self) -> None:
+        """Never free the pointer: a thread that cannot be waited for is using it."""
+        self._free.detach()
 
-def _free_first(free: Callable[[Any], object], pointer: Any, _needed: Handle | None) -> None:
+
+def _free_last(
+    dependants: "weakref.WeakSet[Handle]", free: Callable[[Any], object], pointer: Any, _needed: Handle | None
+) -> None:
+    for dependant in tuple(dependants):
+        dependant.close()
     free(pointer)
 
 
@@ -277,7 +284,7 @@ def tensor_name(tensor: int) -> str:
 
 
 def read_tensor(tensor: int) -> NDArray[np.float32]:
-    """Copy a contiguous F32 tensor out of its backend; the shape is ggml's reversed, without leading ones beyond two axes.
+    """Copy a contiguous F32 tensor out of its backend; the shape is ggml's reversed, at least two axes of it.
 
     Raises InputError for a tensor of another kind.
     """
