@@ -44,6 +44,7 @@ def test_the_public_names_are_these() -> None:
             "Store",
             "StoreError",
             "__version__",
+            "extract",
             "load",
         ]
     )

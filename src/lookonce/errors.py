@@ -75,8 +75,13 @@ class NativeError(LookonceError):
     """
 
     def __init__(self, message: str, log: tuple[str, ...] = ()) -> None:
-        super().__init__(message + (": " + " | ".join(log) if log else ""))
+        super().__init__(with_log(message, log))
         self.log = log
+
+
+def with_log(message: str, log: tuple[str, ...]) -> str:
+    """A message with the native library's own lines after it."""
+    return ": ".join([message, *([" | ".join(log)] if log else [])])
 
 
 class StoreError(LookonceError):

@@ -165,8 +165,8 @@ def load(
     store: where looks are kept: True is the user's own store, False none, or a folder, or a `Store`, which stays the
         caller's to close.
 
-    Raises ModelFileError for a missing, damaged or mismatched file, DeviceError for a device that the build lacks,
-    InputError for another option, NativeError where llama.cpp refuses the model.
+    Raises ModelFileError for a missing, damaged or mismatched file and one that llama.cpp refuses, DeviceError for a
+    device that the build lacks, InputError for another option.
     """
     options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention)
     files = find_files(model, mmproj)

@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self
 
-from lookonce.errors import ContextError, InputError, NativeError
+from lookonce.errors import ContextError, InputError, ModelFileError, NativeError, with_log
 from lookonce.native.capture import Capture
 from lookonce.native.library import Device, Handle, listen
 
@@ -44,8 +44,8 @@ _FLASH_ATTENTION: Final = {
 class TextModel:
     """The weights and vocabulary of one text GGUF, which `lookonce.gguf_check` has found sound.
 
-    `gpu_layers` bounds how many layers go to `devices` (None: all of them). Raises NativeError with the
-    native library's reason when it refuses the file.
+    `gpu_layers` bounds how many layers go to `devices` (None: all of them). Raises ModelFileError with the native
+    library's reason when it refuses the file.
     """
 
     def __init__(self, path: Path, *, devices: Sequence[Device] = (), gpu_layers: int | None = None) -> None:
@@ -58,7 +58,7 @@ class TextModel:
             if handle:
                 self.native: Final = Handle(handle, llama.llama_model_free, f"the text model {path.name}")
         if not handle:
-            raise NativeError(f"{path} could not be loaded as a text model", log.tail())
+            raise ModelFileError(with_log(f"{path} could not be loaded as a text model", log.tail()))
         self._vocab = llama.llama_model_get_vocab(handle)
         # Text is split and joined beside another thread's native work: without a lock, close() could come between.
         self._reading = threading.Lock()

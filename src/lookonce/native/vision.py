@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from typing_extensions import Self
 
 from lookonce.embedding import RowSegment, Segment, TextSegment
-from lookonce.errors import InputError, ModelFileError, NativeError
+from lookonce.errors import InputError, ModelFileError, NativeError, with_log
 from lookonce.native.capture import Capture
 from lookonce.native.library import Device, Handle, listen
 from lookonce.native.text import TextModel
@@ -39,7 +39,7 @@ class VisionTower:
     """One mmproj file: vision tower and projector, bound to the text model whose rows it makes.
 
     `exact_size` keeps libmtmd from resizing: the caller has already given every picture its final size. Raises
-    ModelFileError for a file without a vision tower, NativeError with the native reason when it cannot be loaded.
+    ModelFileError with the native reason for a file that cannot be loaded, or has no vision tower.
     """
 
     def __init__(
@@ -70,7 +70,8 @@ class VisionTower:
             if handle:
                 self._native = Handle(handle, mtmd.mtmd_free, f"the vision tower {path.name}", needs=model.native)
         if not handle:
-            raise NativeError(f"{path} could not be loaded as a projector for {model.path.name}", log.tail())
+            reason = f"{path} could not be loaded as a projector for {model.path.name}"
+            raise ModelFileError(with_log(reason, log.tail()))
         self._model = model
         self.path = path
         if not mtmd.mtmd_support_vision(handle):
