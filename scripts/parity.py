@@ -10,7 +10,7 @@ import argparse
 import sys
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -25,45 +25,14 @@ from parity_library import DEFAULT, EXACT, Library
 from parity_picture import make_picture
 from parity_reference import Evaluation as ReferenceEvaluation
 from parity_reference import Reference
+from parity_report import Report, lowest_cosine, relative_error
+from parity_vectors import compare_stages, compare_vectors
 
-__all__ = ["Report", "compare_family"]
+__all__ = ["compare_family"]
 
 _ROW_COSINE, _ROW_ERROR = 0.99999, 1e-3
 _EXACT_ERROR, _EXACT_TEXT_ERROR, _DEFAULT_ERROR = 1e-3, 1e-5, 3e-2
 _EXACT_TEXT_TOKENS = 256
-
-
-@dataclass(slots=True)
-class Report:
-    """Prints lines and counts the bars that were missed."""
-
-    missed: int = 0
-    worst: dict[str, float] = field(default_factory=dict)
-
-    def line(self, label: str, *cells: str, met: bool = True) -> None:
-        """Print one line of a table."""
-        self.missed += not met
-        print(f"{label:<26}" + "".join(f"{cell:>13}" for cell in cells) + ("" if met else "   MISSED"), flush=True)
-
-    def error(self, name: str, value: float) -> str:
-        """Remember the largest error of a kind and give it as a cell."""
-        self.worst[name] = max(value, self.worst.get(name, 0.0))
-        return f"{value:.1e}"
-
-
-def relative_error(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    """Give the norm of the difference over the reference's norm; infinity for another shape."""
-    if ours.shape != theirs.shape:
-        return float("inf")
-    return float(np.linalg.norm(ours - theirs) / np.linalg.norm(theirs))
-
-
-def lowest_cosine(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    """Give the lowest cosine between rows of the same place; -1 for another shape."""
-    if ours.shape != theirs.shape:
-        return -1.0
-    a, b = ours.astype(np.float64), theirs.astype(np.float64)
-    return float(np.min((a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))))
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +60,8 @@ def compare_family(family: str, folder: Path, report: Report) -> Reference:
     with Library(*files, shape, DEFAULT) as library:
         _compare_prompts(asked, library, report, exact=False)
     _compare_answers(asked, files, report)
+    compare_vectors(reference, files, report)
+    compare_stages(reference, files, report)
     return reference
 
 

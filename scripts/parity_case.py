@@ -1,15 +1,35 @@
-"""What is compared: pictures of many sizes, prompts with none, one and three pictures, texts that are hard to split.
+"""What is compared: pictures of many sizes, prompts with none, one and three pictures, texts that are hard to split,
+and what is embedded.
 
 Needs neither torch nor native code.
 """
 
+import random
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any, TypeVar
 
-__all__ = ["GOLDEN_PICTURES", "GREEDY_TOKENS", "PICTURES", "PROMPTS", "TEXTS", "PromptCase"]
+import numpy as np
+from numpy.typing import NDArray
 
+__all__ = [
+    "EMBEDDINGS",
+    "GOLDEN_PICTURES",
+    "GREEDY_TOKENS",
+    "PICTURES",
+    "PROMPTS",
+    "STAGES",
+    "TEXTS",
+    "EmbeddingCase",
+    "PromptCase",
+    "batch_texts",
+    "pooled",
+    "vector_layers",
+]
+
+Array = NDArray[np.float32]
 Size = tuple[int, int, int]
 _Look = TypeVar("_Look")
 
@@ -101,3 +121,64 @@ TEXTS = (
     "a" * 300,
     "\n",
 )
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingCase:
+    """One thing to embed: pictures by their sizes, a text that may be empty, and an instruction."""
+
+    name: str
+    pictures: tuple[Size, ...] = ()
+    text: str = ""
+    instruction: str | None = None
+
+    def messages(self) -> list[dict[str, Any]]:
+        """Give the conversation as QwenLM/Qwen3-VL-Embedding's src/models/qwen3_vl_embedding.py makes it."""
+        told = self.instruction or "Represent the user's input."
+        content: list[dict[str, str]] = [{"type": "image"} for _ in self.pictures]
+        if self.text:
+            content.append({"type": "text", "text": self.text})
+        told = told if unicodedata.category(told[-1]).startswith("P") else told + "."
+        return [
+            {"role": "system", "content": [{"type": "text", "text": told}]},
+            {"role": "user", "content": content},
+        ]
+
+
+EMBEDDINGS = (
+    EmbeddingCase("text", text="What colour is the circle?"),
+    EmbeddingCase("text, instructed", text="a red circle", instruction="Find a picture that fits"),
+    EmbeddingCase("long text", text="Describe the red square and the yellow circle. " * 40),
+    EmbeddingCase("one picture", ((300, 200, 3),)),
+    EmbeddingCase("picture + text", ((257, 255, 2),), "What is it?"),
+    EmbeddingCase("picture over one batch", ((640, 960, 13),), "How many?"),
+    EmbeddingCase("three pictures", ((256, 256, 0), (40, 1200, 8), (5, 3, 11))),
+    EmbeddingCase("three + text", ((101, 103, 4), (300, 200, 3), (101, 103, 4)), "Compare them.", "Which differ?"),
+)
+STAGES = (
+    PromptCase(((300, 200, 3), "Describe the image."), "one picture"),
+    PromptCase(((333, 777, 6), "Describe the image."), "one, tall"),
+    PromptCase(((256, 256, 0), (40, 1200, 8), (5, 3, 11), "Compare them."), "three pictures"),
+)
+
+_WORDS = ("red", "blue circle", "a green star", "at the top left", "of a gray picture", "two", "three squares", "cat")
+
+
+def batch_texts() -> list[str]:
+    """Give 64 texts of many lengths, two of them longer than a batch."""
+    draw = random.Random(0)
+    lengths = [draw.choice((1, 2, 5, 12, 40)) for _ in range(64)]
+    lengths[5], lengths[40] = 300, 180
+    return [" ".join(draw.choices(_WORDS, k=length)) for length in lengths]
+
+
+def vector_layers(count: int) -> tuple[int, int, int]:
+    """Give the first layer, one in the middle where DeepStack enters if the family has it, and the last."""
+    return 0, count // 2 - 1, count - 1
+
+
+def pooled(states: Array, is_row: NDArray[np.bool_], pooling: str, tokens: str) -> Array:
+    """Pool a layer's states, (tokens, width), and divide by the norm."""
+    kept = states[{"all": np.ones_like(is_row), "text": ~is_row, "image": is_row}[tokens]].astype(np.float64)
+    vector = {"mean": kept.mean(0), "max": kept.max(0), "cls": kept[0], "last": kept[-1]}[pooling]
+    return np.asarray(vector / np.linalg.norm(vector), dtype=np.float32)

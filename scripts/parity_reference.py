@@ -123,6 +123,22 @@ class Reference:
                 hook.remove()
         return Evaluation(tokens, logits.numpy(), [layer.reshape(len(tokens), -1).numpy() for layer in layers])
 
+    def hidden_states(self, tokens: list[int], pictures: Sequence[NDArray[np.uint8]] = ()) -> list[NDArray[np.float32]]:
+        """Give transformers' `hidden_states`, (tokens, hidden size) each: the input, then every layer's output.
+
+        The last is `last_hidden_state`, after the final norm.
+        """
+        with torch.inference_mode():
+            seen = self.model.model(**self._inputs(tokens, pictures), use_cache=False, output_hidden_states=True)
+        if not torch.equal(seen.hidden_states[-1], seen.last_hidden_state):
+            raise RuntimeError("this transformers gives a last hidden state before the final norm")
+        return [states.reshape(len(tokens), -1).numpy() for states in seen.hidden_states]
+
+    @property
+    def image_token(self) -> int:
+        """Id of the token that stands for one image row."""
+        return self._image_token
+
     def generate(self, tokens: list[int], pictures: Sequence[NDArray[np.uint8]], count: int) -> list[int]:
         """Give the greedy continuation, by transformers' own generation."""
         options = transformers.GenerationConfig(max_new_tokens=count, do_sample=False)

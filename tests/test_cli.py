@@ -478,7 +478,8 @@ def test_the_doctor_without_a_model_ends_with_status_0(capsys: pytest.CaptureFix
 def test_the_doctor_fails_where_a_picture_changes_nothing(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "check_model", lambda _: doctor.SelfCheck("deaf", "a shape", "a shape", "nothing"))
+    found = doctor.SelfCheck("deaf", "a shape", "a shape", "nothing", (0.5, 0.5, 0.5))
+    monkeypatch.setattr(doctor, "check_model", lambda _: found)
     status, out, _ = run_here(capsys, "doctor", "--model", "x")
     assert status == 1
     assert "Check of 'deaf': FAILED" in out

@@ -14,10 +14,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from make_model import make_pair
 from model_maker.shape import FAMILIES, find_shape
-from parity_case import GOLDEN_PICTURES, GREEDY_TOKENS, PROMPTS, TEXTS
-from parity_golden import Golden, golden_path, read
+from parity_case import EMBEDDINGS, GOLDEN_PICTURES, GREEDY_TOKENS, PROMPTS, STAGES, TEXTS
+from parity_golden import KEPT_VALUES, Golden, golden_path, read
 from parity_library import DEFAULT, EXACT, Library
 from parity_picture import make_picture
+from parity_vectors import embedding_item, embedding_tokens
 
 Files = tuple[Path, Path]
 
@@ -59,6 +60,8 @@ def test_the_arrays_cover_every_case(golden: Golden) -> None:
     assert tuple(picture.size for picture in golden.pictures) == GOLDEN_PICTURES
     assert tuple(prompt.case for prompt in golden.prompts) == PROMPTS
     assert tuple(text for text, _ in golden.texts) == TEXTS
+    assert [one.name for one in golden.vectors] == [case.name for case in EMBEDDINGS]
+    assert tuple(one.case for one in golden.stages) == STAGES
 
 
 def test_pixels_are_the_reference_processors_to_the_last_bit(golden: Golden, library: Library) -> None:
@@ -110,3 +113,32 @@ def test_greedy_answers_are_the_references(golden: Golden, model: lookonce.Model
     looks = [model.look(make_picture(*size), dtype="f32") for size in expected.case.pictures]
     reply = model.ask(expected.case.question, looks, temperature=0, max_tokens=GREEDY_TOKENS)
     assert reply.text == expected.text
+
+
+def test_embedding_prompts_are_split_into_the_reference_tokens(golden: Golden, model: lookonce.Model) -> None:
+    (image_token,) = model.engine.text.tokenize("<|image_pad|>")
+    for case, expected in zip(EMBEDDINGS, golden.vectors, strict=True):
+        assert tuple(embedding_tokens(model, case, image_token)) == expected.tokens, case.name
+
+
+def test_vectors_of_every_pooling_and_layer_are_the_references(golden: Golden, model: lookonce.Model) -> None:
+    items = [embedding_item(case, [model.look(make_picture(*size)) for size in case.pictures]) for case in EMBEDDINGS]
+    for layer, pooling in golden.vectors[0].vectors:
+        with lookonce.Embedder(model, pooling=pooling, layer=layer) as embedder:
+            ours = embedder.embed_batch(items)
+        for one, expected in zip(ours, golden.vectors, strict=True):
+            error = _error(one[:KEPT_VALUES], expected.vectors[layer, pooling])
+            assert error <= 3e-3, (layer, pooling, expected.name)
+
+
+def test_stages_are_the_references(golden: Golden, model: lookonce.Model) -> None:
+    for expected in golden.stages:
+        (prompt,) = (part for part in expected.case.parts if isinstance(part, str))
+        pictures = [make_picture(*size) for size in expected.case.pictures]
+        stages = lookonce.extract(model, pictures, prompt=prompt)
+        assert {name: getattr(stages, name).shape for name in expected.shapes} == expected.shapes
+        assert _error(stages.vision_tokens[expected.tower_places], expected.tower) <= 2e-3
+        assert _error(stages.lm_last_hidden[0, expected.hidden_places], expected.hidden) <= 2e-3
+        places = [np.arange(span.start, span.stop) for span in stages.spans if span.kind == "image"]
+        assert np.array_equal(np.concatenate(places), expected.image_places)
+        assert [len(span) for span in places] == list(stages.visual_token_lens)

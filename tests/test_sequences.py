@@ -15,7 +15,7 @@ from look_maker import BEGIN, END, make_look
 from lookonce.errors import ContextError, NativeError
 from lookonce.native import text
 from lookonce.native.text import Context, ContextOptions, TextModel
-from lookonce.prompt import Part, Prompt, assemble
+from lookonce.prompt import Part, Prompt, TokenRun, assemble
 from lookonce.sequences import Sequences, Turn
 
 Logits = NDArray[np.float32]
@@ -102,6 +102,32 @@ def test_a_reused_beginning_changes_no_bit_of_the_logits(model: TextModel, setti
     turn = bench.begin(*asked)
     assert turn.reused_cells >= least
     assert np.array_equal(bench.context.logits(), fresh(model, *asked, **setting)[0])
+    bench.context.close()
+
+
+def test_a_prompt_one_token_longer_than_the_kept_one_changes_no_bit(model: TextModel) -> None:
+    tokens = model.tokenize("the colour of")
+    asked = [Prompt((TokenRun(tuple(tokens[:length])),)) for length in (len(tokens) - 1, len(tokens))]
+    bench, other = Bench(model), Bench(model)
+    for prompt in asked:
+        bench.sequences.begin(Turn(prompt))
+        bench.sequences._slots[0].owner = None
+    other.sequences.begin(Turn(asked[1]))
+    assert np.array_equal(bench.context.logits(), other.context.logits())
+    for one in (bench, other):
+        one.context.close()
+
+
+def test_a_picture_that_shares_its_first_rows_with_the_kept_one_is_evaluated_from_its_start(model: TextModel) -> None:
+    altered = make_look(7, (5, 8))
+    rows = altered.rows.copy()
+    rows[-1] += 1
+    object.__setattr__(altered, "rows", rows)
+    bench = Bench(model)
+    bench.answer(LARGE, "What is it?")
+    turn = bench.begin(altered, "What is it?")
+    assert turn.reused_cells == len(model.tokenize(BEGIN)) + 1
+    assert np.array_equal(bench.context.logits(), fresh(model, altered, "What is it?")[0])
     bench.context.close()
 
 

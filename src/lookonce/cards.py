@@ -23,21 +23,25 @@ _LATER_PART: Final = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
 
 @dataclass(frozen=True, slots=True)
 class ModelFiles:
-    """The checked files of one model. `chosen` says whether the caller named the projector or it was found."""
+    """The checked files of one model.
+
+    `chosen` says whether the caller named the projector; `missing`, where there is none, why.
+    """
 
     text: GgufFile
     projector: GgufFile | None
     chosen: bool
+    missing: str = ""
 
 
 def find_files(model: str | PathLike[str], mmproj: str | PathLike[str] | None = None) -> ModelFiles:
     """Find and check the files that `model`, a text GGUF or a folder with one, and `mmproj` stand for.
 
-    Without `mmproj` the folder is searched for the one projector whose metadata fit; None is found where there is
-    none, which is enough to replay saved looks. Raises ModelFileError for a missing, damaged or mismatched file, and
-    where several fit.
+    Without `mmproj` the folder is searched for the one projector whose metadata fit. Where there is none, or several,
+    the model has no projector, which is enough to replay saved looks. Raises ModelFileError for a missing, damaged or
+    mismatched file.
     """
-    path = Path(fspath(model)).expanduser()
+    path = _path("model", model)
     if path.is_dir():
         text = _only_text_model(path)
     elif path.exists():
@@ -48,8 +52,8 @@ def find_files(model: str | PathLike[str], mmproj: str | PathLike[str] | None = 
             f"{fspath(model)!r} does not exist: give a text model's .gguf file or a folder that holds one"
         )
     if mmproj is None:
-        return ModelFiles(text, _fitting_projector(text), chosen=False)
-    projector = gguf_file.read(Path(fspath(mmproj)).expanduser())
+        return _with_fitting_projector(text)
+    projector = gguf_file.read(_path("mmproj", mmproj))
     gguf_check.check_projector(projector)
     gguf_check.check_pair(text, projector)
     return ModelFiles(text, projector, chosen=True)
@@ -67,12 +71,28 @@ def _only_text_model(folder: Path) -> GgufFile:
     raise ModelFileError(f"{folder} holds several text models ({names}): give one of these files")
 
 
-def _fitting_projector(text: GgufFile) -> GgufFile | None:
+def _with_fitting_projector(text: GgufFile) -> ModelFiles:
     found = [gguf for gguf in _sound_files(text.path.parent) if gguf.architecture == PROJECTOR and _fits(text, gguf)]
-    if len(found) > 1:
-        names = ", ".join(sorted(gguf.path.name for gguf in found))
-        raise ModelFileError(f"{text.path.name} has several projectors beside it ({names}): give one of them as mmproj")
-    return found[0] if found else None
+    if len(found) == 1:
+        return ModelFiles(text, found[0], chosen=False)
+    names = ", ".join(sorted(gguf.path.name for gguf in found))
+    why = f"has several projectors beside it ({names})" if found else "has no projector that fits it in its folder"
+    return ModelFiles(
+        text,
+        None,
+        chosen=False,
+        missing=f"{text.path.name} {why}, and looking at a picture needs one: give mmproj= or --mmproj, or use a saved look",
+    )
+
+
+def _path(what: str, given: str | PathLike[str]) -> Path:
+    path = fspath(given) if isinstance(given, str | PathLike) else given
+    if not isinstance(path, str) or not path or "\0" in path:
+        raise ModelFileError(f"{what} is {given!r}: give the path of a .gguf file")
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:  # a home folder that nobody has
+        raise ModelFileError(f"{what} is {given!r} ({error}): give the path of a .gguf file") from error
 
 
 def _fits(text: GgufFile, projector: GgufFile) -> bool:

@@ -305,7 +305,7 @@ class Chat:
 
         whole = self._engine.prompt(messages)
         refuse_overflow(whole.n_tokens, whole.n_rows, self._engine.n_ctx)
-        stream_ = ReplyStream(self._engine, whole, sampling, _Asked(started, looked, tuple(new.values()), answered))
+        stream_ = ReplyStream(self._engine, whole, sampling, _Asked(started, looked, _looks_in(messages), answered))
         if stream:
             self._under_way = weakref.ref(stream_)
             return stream_
@@ -327,6 +327,11 @@ class Chat:
             self._engine.refuse([*self._messages, Message("user", counted)])
         new = name_looks(self._engine.finish(prepared), self._known)
         return new, Message("user", place_looks(prompt, new, self._known))
+
+
+def _looks_in(messages: Sequence[Message]) -> tuple[ImageEmbedding, ...]:
+    parts = (part for message in messages for part in message.parts)
+    return tuple(part for part in parts if isinstance(part, ImageEmbedding))
 
 
 def _checked_images(images: Images) -> tuple[PictureSource | ImageEmbedding, ...]:

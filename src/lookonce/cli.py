@@ -6,7 +6,6 @@ Imports no native library until a command needs one, so that `--help` answers at
 import contextlib
 import dataclasses
 import itertools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ import typer
 
 from lookonce.byte_size import format_size, parse_size
 from lookonce.cli_option import (
+    MODEL_HINT,
     JsonFlag,
     ModelOptions,
     PixelOptions,
@@ -24,8 +24,9 @@ from lookonce.cli_option import (
     gather,
     open_store,
 )
+from lookonce.cli_vectors import EMBED_EPILOG, EXTRACT_EPILOG, embed, extract
 from lookonce.errors import InputError
-from lookonce.terminal import CLOSED_PIPE, FAILURE, Terminal, progress, status, write
+from lookonce.terminal import CLOSED_PIPE, FAILURE, Terminal, progress, status, write, write_json
 from lookonce.version import VERSION
 
 if TYPE_CHECKING:
@@ -46,8 +47,6 @@ app = typer.Typer(
 store_app = typer.Typer(help="See, check, shrink or empty the store of looks.")
 app.add_typer(store_app, name="store")
 
-_MODEL_HINT = "Set LOOKONCE_MODEL to leave --model out."
-
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and give its exit status."""
@@ -66,11 +65,6 @@ def _dispatch(arguments: list[str], terminal: Terminal) -> int:
         message = cast(Any, error).format_message()
         raise InputError(f"{message.rstrip('.')}: lookonce --help shows what there is") from error
     return result if isinstance(result, int) else 0
-
-
-def _print_json(value: object) -> None:
-    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
-    write(json.dumps(value, ensure_ascii=plain, default=str) + "\n")
 
 
 def _say_version(wanted: bool) -> None:
@@ -102,7 +96,7 @@ def lookonce(
 
 lookonce look photos/*.jpg --model model.gguf --output looks/[/dim]
 
-{_MODEL_HINT}"""
+{MODEL_HINT}"""
 )
 @gather
 def look(
@@ -148,7 +142,7 @@ def look(
 def _print_look(picture: str, seen: "ImageEmbedding", target: Path | None, as_json: bool) -> None:
     if as_json:
         facts = {name: getattr(seen, name) for name in ("key", "source", "grid", "width")}
-        _print_json({"image": picture, "output": target, "rows": seen.n_rows, **facts})
+        write_json({"image": picture, "output": target, "rows": seen.n_rows, **facts})
         return
     saved = f", saved as {target}" if target else ""
     rows, columns = seen.grid
@@ -162,7 +156,7 @@ lookonce ask "Compare <image_1> with <image_2>." -i cat.safetensors -i dog.jpg -
 
 echo "Describe it." | lookonce ask - -i cat.jpg --temperature 0[/dim]
 
-{_MODEL_HINT}"""
+{MODEL_HINT}"""
 )
 @gather
 def ask(
@@ -203,7 +197,7 @@ def ask(
                 if not json_:
                     write(piece)
         if json_:
-            _print_json(dataclasses.asdict(stream.reply))
+            write_json(dataclasses.asdict(stream.reply))
         else:
             write("\n")
 
@@ -213,6 +207,10 @@ def _read_prompt() -> str:
         return sys.stdin.buffer.read().decode("utf-8-sig").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise InputError("the prompt on stdin is not UTF-8: give it as UTF-8 text") from error
+
+
+app.command(epilog=EMBED_EPILOG)(embed)
+app.command(epilog=EXTRACT_EPILOG)(extract)
 
 
 @store_app.callback(invoke_without_command=True)
@@ -231,7 +229,7 @@ def stats(store: StoreFolder = None, json_: JsonFlag = False) -> None:
     facts = {"folder": str(found.folder), "entries": found.entries, "size_bytes": found.size_bytes}
     if json_:
         kinds = {kind: dataclasses.asdict(one) for kind, one in found.kinds.items()}
-        _print_json({**facts, "limit_bytes": found.limit_bytes, "kinds": kinds})
+        write_json({**facts, "limit_bytes": found.limit_bytes, "kinds": kinds})
         return
     write(f"{found.folder}\nentries: {found.entries}, ")
     write(f"{format_size(found.size_bytes)} of at most {format_size(found.limit_bytes)}\n")
@@ -254,7 +252,7 @@ def check(
     with open_store(store) as opened:
         report = opened.check(repair=repair)
     if json_:
-        _print_json({**dataclasses.asdict(report), "sound": report.sound})
+        write_json({**dataclasses.asdict(report), "sound": report.sound})
     else:
         write(f"entries read: {report.checked}, {'sound' if report.sound else 'damaged'}\n")
         if report.index_damaged:
@@ -313,7 +311,7 @@ def doctor(load: ModelOptions, json_: JsonFlag = False) -> None:
     if load.model is not None and not report.native.problem:
         report = dataclasses.replace(report, check=doctor_.check_model(lambda: load.load(store=False)))
     if json_:
-        _print_json(report.as_dict())
+        write_json(report.as_dict())
     elif report.check is not None:
         write("\n".join(doctor_.check_lines(report.check)) + "\n")
     if report.native.problem or (report.check is not None and not report.check.passed):
@@ -325,7 +323,7 @@ def doctor(load: ModelOptions, json_: JsonFlag = False) -> None:
 
 lookonce demo --model model.gguf --image cat.jpg --prompt "What is the cat doing?"[/dim]
 
-{_MODEL_HINT}"""
+{MODEL_HINT}"""
 )
 @gather
 def demo(

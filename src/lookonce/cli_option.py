@@ -17,22 +17,28 @@ from lookonce.errors import InputError
 from lookonce.terminal import Terminal, status
 
 if TYPE_CHECKING:
+    from lookonce.embedder import Embedder, PooledTokens, PromptStyle
     from lookonce.model import Model
+    from lookonce.pooling import Pooling
     from lookonce.sampling import SamplingOptions
     from lookonce.store import Store
 
 __all__ = [
+    "MODEL_HINT",
     "JsonFlag",
     "ModelOptions",
     "PixelOptions",
     "SampleOptions",
     "StoreFolder",
+    "VectorOptions",
     "Verbose",
     "gather",
     "open_store",
 ]
 
-_MODEL, _STORE, _REPLY = "Model", "Store", "Reply"
+MODEL_HINT = "Set LOOKONCE_MODEL to leave --model out."
+
+_MODEL, _STORE, _REPLY, _VECTOR = "Model", "Store", "Reply", "Vector"
 
 
 def _be_verbose(context: typer.Context, value: bool) -> bool:
@@ -240,6 +246,68 @@ class SampleOptions:
             given["json_schema"] = _read_text(Path(self.json_schema), "--json-schema")
         _ = Sampling(**given).schema_text
         return cast("SamplingOptions", given)
+
+
+@dataclass(frozen=True)
+class VectorOptions:
+    """What becomes a vector, and how."""
+
+    pooling: Annotated[
+        str, typer.Option(metavar="KIND", help="last, mean, cls (the first) or max.", rich_help_panel=_VECTOR)
+    ] = "last"
+    layer: Annotated[
+        int,
+        typer.Option(metavar="N", help="Whose output is pooled: -1 is the last.", rich_help_panel=_VECTOR),
+    ] = -1
+    tokens: Annotated[
+        str, typer.Option(metavar="KIND", help="What is pooled: all, text or image.", rich_help_panel=_VECTOR)
+    ] = "all"
+    dimension: Annotated[
+        int | None,
+        typer.Option(metavar="D", help="Keep the first D values. Default: the model's width.", rich_help_panel=_VECTOR),
+    ] = None
+    instruction: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The task. Default: Represent the user's input.", rich_help_panel=_VECTOR),
+    ] = None
+    prompt: Annotated[
+        str,
+        typer.Option(
+            metavar="KIND", help="chat: Qwen3-VL-Embedding's; plain: the input alone.", rich_help_panel=_VECTOR
+        ),
+    ] = "chat"
+    no_normalize: Annotated[
+        bool, typer.Option("--no-normalize", help="Do not divide by the L2 norm.", rich_help_panel=_VECTOR)
+    ] = False
+    truncate: Annotated[
+        bool,
+        typer.Option(
+            "--truncate", help="Cut a text that does not fit the context; else it is bad.", rich_help_panel=_VECTOR
+        ),
+    ] = False
+    pca: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A PCA that Embedder.save_pca wrote.", rich_help_panel=_VECTOR),
+    ] = None
+
+    def embedder(self, model: "Model", pixels: PixelOptions) -> "Embedder":
+        """The embedder that these options describe. Raises InputError for one that the model cannot serve."""
+        from lookonce.embedder import Embedder
+
+        return Embedder(
+            model,
+            pooling=cast("Pooling", self.pooling),  # the embedder refuses others with the list of them, here and below
+            layer=self.layer,
+            tokens=cast("PooledTokens", self.tokens),
+            normalize=not self.no_normalize,
+            dimension=self.dimension,
+            instruction=self.instruction,
+            prompt=cast("PromptStyle", self.prompt),
+            min_pixels=pixels.min_pixels,
+            max_pixels=pixels.max_pixels,
+            truncate=self.truncate,
+            pca=self.pca,
+        )
 
 
 def _read_text(path: Path, option: str) -> str:

@@ -42,6 +42,7 @@ __all__ = [
 
 _LIBRARIES: Final = ("llama-cpp-python", "numpy", "pillow", "gguf", "safetensors", "torch")
 _MOST_FILES: Final = 200
+_ALIKE: Final = 0.99999  # a cosine above is rounding
 _QUESTION: Final = "Which shape is in the picture, which colour has it, and which colour is the background?"
 
 
@@ -97,17 +98,31 @@ class StoreState:
 
 @dataclass(frozen=True, slots=True)
 class SelfCheck:
-    """What a model answered about two drawn pictures, and about none; any two alike are a failure."""
+    """What a model answered about two drawn pictures, and about none; any two alike are a failure.
+
+    `cosines` compares the vectors of the same three: first with second, first with none, second with none.
+    """
 
     model: str
     first: str
     second: str
     none: str
+    cosines: tuple[float, float, float]
+
+    @property
+    def answers_differ(self) -> bool:
+        """Whether a picture changes the answer."""
+        return len({self.first, self.second, self.none}) == 3
+
+    @property
+    def vectors_differ(self) -> bool:
+        """Whether a picture changes the vector by more than rounding does."""
+        return max(self.cosines) < _ALIKE
 
     @property
     def passed(self) -> bool:
-        """Whether a picture changes the answer."""
-        return len({self.first, self.second, self.none}) == 3
+        """Whether a picture changes both."""
+        return self.answers_differ and self.vectors_differ
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +140,8 @@ class Report:
         """The report as JSON can hold it, but for the paths."""
         found = asdict(self)
         if self.check is not None:
-            found["check"]["passed"] = self.check.passed
+            for name in ("answers_differ", "vectors_differ", "passed"):
+                found["check"][name] = getattr(self.check, name)
         return found
 
 
@@ -195,8 +211,13 @@ def check_lines(check: SelfCheck) -> Iterator[str]:
     yield f"  red circle on white      {check.first.strip()!r}"
     yield f"  yellow square on black   {check.second.strip()!r}"
     yield f"  no picture               {check.none.strip()!r}"
+    for pair, cosine in zip(("circle and square", "circle and none", "square and none"), check.cosines, strict=True):
+        yield f"  {f'vectors of {pair}':<32} cosine {cosine:.6f}{'' if cosine < _ALIKE else ': alike'}"
     if not check.passed:
-        yield "  A picture does not change the answer: is the projector file the one published with the model?"
+        what = " and ".join(
+            name for name, differ in (("answer", check.answers_differ), ("vector", check.vectors_differ)) if not differ
+        )
+        yield f"  A picture does not change the {what}: is the projector file the one published with the model?"
 
 
 def find_versions() -> dict[str, str]:
@@ -317,14 +338,19 @@ def describe_store(folder: Path | None) -> StoreState:
 
 
 def check_model(load: "Callable[[], Model]") -> SelfCheck:
-    """Ask a model the same about two drawn pictures and about none.
+    """Ask a model the same about two drawn pictures and about none, and make a vector of each.
 
-    A picture that changes nothing in the answer is the commonest silent fault of a wrong projector file.
+    A picture that changes nothing is the commonest silent fault of a wrong projector file.
     """
+    from lookonce.embedder import Embedder
+
     pictures = (draw_shape("circle", "red", "white"), draw_shape("square", "yellow", "black"))
     with load() as model:
-        answers = [
+        first, second, without = (
             model.ask(_QUESTION, images=images, temperature=0.0, max_tokens=32).text
             for images in ([pictures[0]], [pictures[1]], [])
-        ]
-        return SelfCheck(model.name, *answers)
+        )
+        with Embedder(model) as embedder:
+            a, b = (embedder.embed_multimodal(_QUESTION, picture) for picture in pictures)
+            none = embedder.embed_text(_QUESTION)
+        return SelfCheck(model.name, first, second, without, (float(a @ b), float(a @ none), float(b @ none)))

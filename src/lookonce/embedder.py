@@ -184,6 +184,11 @@ class Embedder:
         vectors = self._vectors(wanted, batch_size=batch_size, normalized=normalize_embeddings)
         return np.asarray(vectors[0]) if single else vectors
 
+    def prompts(self, items: Iterable[str | Item]) -> list[Prompt]:
+        """What is evaluated for items, their pictures looked at, in their order."""
+        looks = _CallLooks(self._engine, self._look_options)
+        return [self._prompt(item, looks) for item in read_items(items)]
+
     def save_pca(self, path: str | PathLike[str]) -> None:
         """Write the PCA in use to a `.npz` file. Raises InputError where there is none."""
         if self._pca is None:

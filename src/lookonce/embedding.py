@@ -177,14 +177,19 @@ class ImageEmbedding:
         path = Path(path)
         torch_file = _is_torch(path)
         try:
+            if path.exists() and not path.is_file():
+                raise SavedLookError(f"{path} is no ordinary file: give a saved look")
             with path.open("rb") as file:
                 data = file.read(8 + MAX_HEADER_BYTES)
                 if not torch_file:
                     # A file of weights is refused here, before gigabytes of it are read.
                     unpack(data, _TENSORS, name=path.name, total_bytes=path.stat().st_size)
                 data += file.read()
-        except OSError as error:
-            raise SavedLookError(f"{path} cannot be read: {error.strerror or error}") from error
+        except FileNotFoundError:
+            raise SavedLookError(f"{path} does not exist: check the path, or save a look there first") from None
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise SavedLookError(f"{path} cannot be read ({reason}): check the path and its rights") from error
         if torch_file:
             return _from_torch(data, path)
         return cls.from_bytes(data, name=path.name)

@@ -7,7 +7,8 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Final
 
@@ -15,11 +16,11 @@ import psutil
 
 from lookonce.cards import ModelFiles
 from lookonce.embedding import ImageEmbedding
-from lookonce.errors import ClosedError, DeviceError, InputError
+from lookonce.errors import ClosedError, DeviceError, InputError, NativeError
 from lookonce.images import PictureSource
 from lookonce.looker import Looker, LookOptions, PendingLook, Projector
 from lookonce.native.library import choose_devices
-from lookonce.native.sampler import Sampler
+from lookonce.native.sampler import Sampler, grammar_of
 from lookonce.native.text import Context, ContextOptions, KvType, TextModel
 from lookonce.prompt import ChatTemplate, Message, Part, Prompt, assemble, count
 from lookonce.sampling import Sampling
@@ -47,9 +48,10 @@ class LoadOptions:
     def __post_init__(self) -> None:
         if not isinstance(self.device, str):
             raise DeviceError(f"device is {self.device!r}: give auto, cpu, cuda, cuda:0 or metal")
-        if self.n_gpu_layers is not None and (not isinstance(self.n_gpu_layers, int) or self.n_gpu_layers < 0):
-            raise InputError(f"n_gpu_layers is {self.n_gpu_layers!r}: give a whole number from 0")
-        if self.flash_attention not in (None, False, True):
+        layers = self.n_gpu_layers
+        if layers is not None and (isinstance(layers, bool) or not isinstance(layers, int) or not 0 <= layers < 2**31):
+            raise InputError(f"n_gpu_layers is {layers!r}: give a whole number from 0")
+        if self.flash_attention is not None and not isinstance(self.flash_attention, bool):
             raise InputError(f"flash_attention is {self.flash_attention!r}: give True, False or None")
         self.context_options(DEFAULT_CONTEXT)
 
@@ -98,6 +100,7 @@ class Engine:
             files.text,
             Projector(files.projector, store) if files.projector else None,
             projector_chosen=files.chosen,
+            missing=files.missing,
             store=store,
             lock=self.lock,
             threads=self.options.threads,
@@ -157,25 +160,32 @@ class Engine:
 
     def sampler(self, sampling: Sampling, prompt: Prompt) -> Sampler:
         """A sampler for one reply. Raises PromptError for a grammar that cannot be used."""
+        grammar = grammar_of(sampling)
+        tokens = [unit for unit in prompt.units() if isinstance(unit, int)]
         with self.lock:
             self._check_open()
-            sampler = Sampler(self.text, sampling)
-            for unit in prompt.units():
-                if isinstance(unit, int):
-                    sampler.accept(unit)
-            return sampler
+            return Sampler(self.text, sampling, grammar, tokens)
 
     def first_token(self, turn: Turn, sampler: Sampler) -> int:
         """Evaluate a turn's prompt and draw what follows."""
-        with self.lock:
-            self._open_sequences().begin(turn)
+        with self.lock, self._sequences_reset_on_failure() as sequences:
+            sequences.begin(turn)
             return sampler.sample(self._open_context())
 
     def next_token(self, turn: Turn, sampler: Sampler, token: int) -> int:
         """Evaluate the token drawn last and draw what follows."""
-        with self.lock:
-            self._open_sequences().extend(turn, token)
+        with self.lock, self._sequences_reset_on_failure() as sequences:
+            sequences.extend(turn, token)
             return sampler.sample(self._open_context())
+
+    @contextmanager
+    def _sequences_reset_on_failure(self) -> Iterator[Sequences]:
+        sequences = self._open_sequences()
+        try:
+            yield sequences
+        except NativeError:  # logits that are no numbers, say: nothing that is kept can be trusted
+            sequences.reset()
+            raise
 
     def _open_context(self) -> Context:
         self._check_open()

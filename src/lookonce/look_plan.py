@@ -1,6 +1,6 @@
-"""What `lookonce look` is about to do, found out before any of it is done.
+"""What `lookonce look` and `lookonce extract` are about to do, found out before any of it is done.
 
-Owns where each picture's look will be saved, and the first opening of every picture. Knows nothing of models.
+Owns where each picture's look or stages will be saved, and the first opening of every picture. Knows nothing of models.
 """
 
 import importlib.util
@@ -11,7 +11,7 @@ from typing import Final
 
 from lookonce.errors import InputError
 
-__all__ = ["PlannedLook", "check_picture", "plan_looks"]
+__all__ = ["PlannedLook", "PlannedStages", "check_picture", "plan_looks", "plan_stages"]
 
 _SUFFIXES: Final = (".safetensors", ".pt")
 
@@ -22,6 +22,14 @@ class PlannedLook:
 
     picture: str
     target: Path | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedStages:
+    """Pictures that go into one prompt, and the folder for what becomes of them."""
+
+    pictures: tuple[str, ...]
+    folder: Path
 
 
 def plan_looks(pictures: Sequence[str], output: str | None) -> list[PlannedLook]:
@@ -38,6 +46,26 @@ def plan_looks(pictures: Sequence[str], output: str | None) -> list[PlannedLook]
         raise InputError(f"--output {output!r} is one file for {len(pictures)} pictures: end a folder's name in /")
     check_target(path)
     return [PlannedLook(pictures[0], path)]
+
+
+def plan_stages(pictures: Sequence[str], outdir: str, *, together: bool) -> list[PlannedStages]:
+    """Give each picture, or all of them together, the folder of its name. Nothing is made yet, no picture opened.
+
+    Raises InputError where two would share a folder, where it cannot be made, and for a saved look.
+    """
+    folder = Path(outdir).expanduser()
+    _check_folder(folder, "--outdir")
+    for picture in pictures:
+        if Path(picture).suffix.lower() in _SUFFIXES:
+            raise InputError(f"{picture!r} is a saved look, which holds no stages: give the picture itself")
+    groups = [tuple(pictures)] if together else [(picture,) for picture in pictures]
+    planned = [PlannedStages(group, folder / Path(group[0]).stem) for group in groups]
+    if not together:
+        _refuse_same_stems(pictures, [str(one.folder) for one in planned], "extract them one by one")
+    for one in planned:
+        if one.folder.exists() and not one.folder.is_dir():
+            raise InputError(f"{str(one.folder)!r} is a file, and the stages' folder was to be there: give another")
+    return planned
 
 
 def check_target(path: Path) -> None:
@@ -63,18 +91,27 @@ def check_picture(picture: str) -> None:
 
 
 def _plan_folder(pictures: Sequence[str], folder: Path) -> list[PlannedLook]:
+    _check_folder(folder, "--output")
+    planned = [PlannedLook(picture, folder / f"{Path(picture).stem}{_SUFFIXES[0]}") for picture in pictures]
+    _refuse_same_stems(pictures, [str(one.target) for one in planned], "look at them one by one")
+    return planned
+
+
+def _check_folder(folder: Path, option: str) -> None:
     if folder.exists() and not folder.is_dir():
-        raise InputError(f"--output {str(folder)!r} is a file, and a folder was expected: give another")
+        raise InputError(f"{option} {str(folder)!r} is a file, and a folder was expected: give another")
     if not folder.exists() and not folder.absolute().parent.is_dir():
-        raise InputError(f"--output {str(folder)!r} cannot be made: the folder around it does not exist")
-    planned: dict[str, PlannedLook] = {}
-    for picture in pictures:
-        look = PlannedLook(picture, folder / f"{Path(picture).stem}{_SUFFIXES[0]}")
+        raise InputError(f"{option} {str(folder)!r} cannot be made: the folder around it does not exist")
+
+
+def _refuse_same_stems(pictures: Sequence[str], targets: Sequence[str], otherwise: str) -> None:
+    earlier: dict[str, str] = {}
+    for picture, target in zip(pictures, targets, strict=True):
         # Many disks hold Cat.safetensors and cat.safetensors to be one file.
-        earlier = planned.setdefault(Path(picture).stem.casefold(), look)
-        if earlier is not look:
+        stem = Path(picture).stem.casefold()
+        if stem in earlier:
             raise InputError(
-                f"{earlier.picture!r} and {picture!r} would both be saved as {look.target}: give them other names, or "
-                "look at them one by one"
+                f"{earlier[stem]!r} and {picture!r} would both be saved as {target}: give them other names, or "
+                f"{otherwise}"
             )
-    return list(planned.values())
+        earlier[stem] = picture

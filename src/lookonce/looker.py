@@ -6,6 +6,7 @@ Owns the projector's fingerprint and the lazily loaded tower. Knows nothing of p
 import hashlib
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -71,7 +72,7 @@ class Projector:
         self.path = gguf.path
         self._store = store
         self._fingerprint: str | None = None
-        self._identity: str | None = None
+        self._identity = _file_identity(self.path)  # of the file whose header was checked
 
     @property
     def rule(self) -> PixelRule | None:
@@ -87,29 +88,30 @@ class Projector:
     def fingerprint(self) -> str:
         """SHA-256 of the file's content, remembered in the store for as long as the file is unchanged."""
         if self._fingerprint is None:
-            note = _file_identity(self.path)
-            known = self._store.recall("fingerprint", note) if self._store else None
-            fingerprint = known or gguf_file.fingerprint(self.path)
-            settled = time.time() - self.path.stat().st_mtime > _SETTLED_S
-            if self._store and known is None and settled and note == _file_identity(self.path):
-                self._store.remember("fingerprint", note, fingerprint)
-            self._identity = note
-            self._fingerprint = fingerprint
+            known = self._store.recall("fingerprint", self._identity) if self._store else None
+            if known is None or not _SHA256.fullmatch(known):
+                known = gguf_file.fingerprint(self.path)
+                if self._store and time.time() - self.path.stat().st_mtime > _SETTLED_S:
+                    self._store.remember("fingerprint", self._identity, known)
+            self.check_unchanged()
+            self._fingerprint = known
         return self._fingerprint
 
     def check_unchanged(self) -> None:
-        """Raise ModelFileError where the file is no longer the one that the fingerprint was taken of."""
-        if self._identity is not None and self._identity != _file_identity(self.path):
+        """Raise ModelFileError where the file is no longer the one whose header was checked."""
+        if self._identity != _file_identity(self.path):
             raise ModelFileError(f"{self.path} was changed while the model was loaded: load the model again")
 
 
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _SETTLED_S: Final = 2.0  # a file changed this lately could change again within the clock's resolution
 
 
 class Looker:
     """Looks at pictures for one text model.
 
-    `lock` is the model's, held while the tower works. Without `projector` only saved looks can be used.
+    `lock` is the model's, held while the tower works. Without `projector` only saved looks can be used, and `missing`
+    says why.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Looker:
         projector: Projector | None,
         *,
         projector_chosen: bool,
+        missing: str,
         store: Store | None,
         lock: threading.Lock,
         threads: int,
@@ -128,6 +131,7 @@ class Looker:
         self._model_name = text_gguf.name
         self._projector = projector
         self._projector_chosen = projector_chosen
+        self._missing = missing
         self._store = store
         self._lock = lock
         self._threads = threads
@@ -241,10 +245,12 @@ class Looker:
                 f"the look was made for the text model {look.model_name!r}, but this is {self._model_name!r}: "
                 "look at the picture with this model"
             )
+        # Any projector of the model gives rows that it can read; one that was named is taken at its word.
         if self._projector_chosen and self._projector and look.projector != self._projector.fingerprint:
             raise MismatchError(
                 f"the look was made with the projector {look.projector_name} ({look.projector[:12]}), but the model "
-                f"has {self._projector.path.name} ({self._projector.fingerprint[:12]}): give the same file, or none"
+                f"has {self._projector.path.name} ({self._projector.fingerprint[:12]}): give the one it was made "
+                "with, or look again"
             )
         return look
 
@@ -256,15 +262,13 @@ class Looker:
 
     def _require_projector(self) -> Projector:
         if self._projector is None:
-            raise ModelFileError(
-                f"no projector file fits {self._text.path.name} in its folder, and looking at a picture needs one: "
-                "give mmproj= or --mmproj, or use a saved look"
-            )
+            raise ModelFileError(self._missing)
         return self._projector
 
     def _open_tower(self, projector: Projector) -> VisionTower:
         if self._tower is None:
             started = time.perf_counter()
+            projector.check_unchanged()
             tower = VisionTower(
                 projector.path,
                 self._text,
@@ -287,7 +291,10 @@ class Looker:
         )
 
     def _key(self, picture: Picture, dtype: RowType, projector: Projector) -> str:
-        return _digest("look", picture.content_hash(), picture.preprocessing, dtype, *self._surroundings(projector))
+        # The size before resizing is not seen by the tower, but the look tells it.
+        size = json.dumps(picture.original_size)
+        surroundings = self._surroundings(projector)
+        return _digest("look", picture.content_hash(), size, picture.preprocessing, dtype, *surroundings)
 
     def _stored(self, key: str) -> ImageEmbedding | None:
         payload = self._store.get(key, LOOK) if self._store else None
@@ -325,7 +332,12 @@ def _digest(*parts: str) -> str:
 
 
 def _file_identity(path: Path) -> str:
-    status = path.stat()
+    try:
+        status = path.stat()
+    except OSError as error:
+        raise ModelFileError(
+            f"{path} cannot be read ({error.strerror}): put it back, or load the model again"
+        ) from error
     return _digest(
         "file",
         *(str(one) for one in (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)),

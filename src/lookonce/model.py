@@ -1,6 +1,6 @@
 """Loading a model, and the one object that answers for it."""
 
-from os import PathLike
+from os import PathLike, fspath
 from types import TracebackType
 from typing import Final, Literal, overload
 
@@ -10,6 +10,7 @@ from lookonce.cards import find_files
 from lookonce.chat import Chat, Images, Reply, ReplyStream
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine, LoadOptions
+from lookonce.errors import InputError
 from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, RowType
 from lookonce.native.text import KvType
@@ -172,10 +173,18 @@ def load(
     files = find_files(model, mmproj)
     if isinstance(store, Store):
         return Model(Engine(files, options, store, owns_store=False))
-    own = None if store is False else Store() if store is True else Store(store)
+    own = _open_store(store)
     try:
         return Model(Engine(files, options, own, owns_store=True))
     except BaseException:
         if own is not None:
             own.close()
         raise
+
+
+def _open_store(store: str | PathLike[str] | bool) -> Store | None:
+    if isinstance(store, bool):
+        return Store() if store else None
+    if not isinstance(store, str | PathLike) or not fspath(store):
+        raise InputError(f"store is {store!r}: give a folder, a Store, True or False")
+    return Store(store)

@@ -55,7 +55,8 @@ class Principal:
         """Read what `save` wrote. Raises InputError for anything else."""
         damage = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            # Read whole first: numpy leaves a broken archive's file open.
+            with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as arrays:
                 return cls(arrays["mean"].astype(np.float32), arrays["components"].astype(np.float32))
         except damage as error:
             raise InputError(f"{fspath(path)!r} is no saved PCA ({error}): save one with save_pca") from error

@@ -1,9 +1,9 @@
 """How the next token is chosen: the options, checked. The sampling itself is `native/sampler.py`'s."""
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Any
 
 from typing_extensions import TypedDict
@@ -65,6 +65,8 @@ class Sampling:
         self._check_number("repeat_penalty", 0.01, 100.0)
         if self.json_schema is not None and self.grammar is not None:
             raise PromptError("json_schema and grammar were both given: give one of them")
+        if self.grammar is not None and not isinstance(self.grammar, str):
+            raise PromptError(f"grammar is a {type(self.grammar).__name__}: give GBNF as a text")
         stops_listed = isinstance(self.stop, str | list | tuple)
         if not stops_listed or not all(isinstance(text, str) and text for text in self.stop_texts):
             raise PromptError(f"stop is {self.stop!r}: give a text or several, none of them empty")
@@ -96,12 +98,11 @@ class Sampling:
 
     def _check_whole(self, name: str, low: int, high: int) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
+        if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
             raise PromptError(f"{name} is {value!r}: give a whole number from {low} to {high}")
 
     def _check_number(self, name: str, low: float, high: float) -> None:
         value = getattr(self, name)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            raise PromptError(f"{name} is {value!r}: give a number from {low:g} to {high:g}")
-        if not low <= value <= high:
-            raise PromptError(f"{name} is {value!r}: give a number from {low:g} to {high:g}")
+        # Compared as it is: float() of a huge int overflows, and NaN lies in no range.
+        if isinstance(value, bool) or not isinstance(value, Real) or not (value >= low and value <= high):  # type: ignore[operator]
+            raise PromptError(f"{name} is {str(value)[:40]}: give a number from {low:g} to {high:g}")

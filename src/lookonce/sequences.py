@@ -128,6 +128,16 @@ class Sequences:
         self._slots = [_Slot(number) for number in range(count)]
         self._clock = 0
 
+    def reset(self) -> None:
+        """Let go of everything, the values in the cells included; turns under way are evaluated again."""
+        for slot in self._slots:
+            slot.owner = None
+            slot.sound = False
+        self._context.clear()
+        for slot in self._slots:
+            slot.cut(_START)
+            slot.sound = True
+
     def begin(self, turn: Turn) -> None:
         """Evaluate a turn's prompt, and what it has generated; the logits then follow its last token.
 

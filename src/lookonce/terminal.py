@@ -5,6 +5,7 @@ nothing of models.
 """
 
 import io
+import json
 import logging
 import os
 import re
@@ -25,11 +26,13 @@ __all__ = [
     "INTERRUPTED",
     "WRONG_USE",
     "Terminal",
+    "bar",
     "one_line",
     "progress",
     "status",
     "write",
     "write_error",
+    "write_json",
 ]
 
 FAILURE: Final = 1
@@ -124,6 +127,12 @@ def write(text: str) -> None:
         raise
 
 
+def write_json(value: object) -> None:
+    """Write a value to stdout as one line of JSON."""
+    plain = (sys.stdout.encoding or "").lower().replace("-", "") != "utf8"
+    write(json.dumps(value, ensure_ascii=plain, default=str) + "\n")
+
+
 def write_error(text: str) -> None:
     """Write a line to stderr; where that is closed nobody is left to tell."""
     with suppress(OSError, ValueError):
@@ -158,8 +167,20 @@ def status(message: str) -> Iterator[None]:
 
 def progress(items: Iterable[_Item], *, total: int, what: str) -> Iterator[_Item]:
     """Give the items, with a bar on a terminal's stderr where there are several."""
-    if total < 2 or not sys.stderr.isatty():
-        yield from items
+    with bar(total=total, what=what) as advance:
+        for item in items:
+            yield item
+            advance(1)
+
+
+@contextmanager
+def bar(*, total: int | None, what: str) -> Iterator[Callable[[int], object]]:
+    """Show a bar on a terminal's stderr where there is more than one thing to do; give what moves it on.
+
+    `total` None is for work of unknown length.
+    """
+    if (total is not None and total < 2) or not sys.stderr.isatty():
+        yield lambda _: None
         return
     from rich import progress as rich_progress
     from rich.console import Console
@@ -170,14 +191,15 @@ def progress(items: Iterable[_Item], *, total: int, what: str) -> Iterator[_Item
         rich_progress.MofNCompleteColumn(),
         rich_progress.TimeRemainingColumn(),
     )
-    bar = rich_progress.Progress(
+    shown = rich_progress.Progress(
         *columns,
         console=Console(stderr=True),
         transient=True,
         redirect_stdout=sys.stdout.isatty(),  # else what belongs in a file would land on the terminal
     )
-    with bar:
-        yield from bar.track(items, total=total, description=what)
+    with shown:
+        task = shown.add_task(what, total=total)
+        yield lambda count: shown.advance(task, count)
 
 
 class _OneLineHandler(logging.Handler):

@@ -8,6 +8,7 @@ import ctypes
 import logging
 import math
 import os
+import signal
 import tempfile
 import threading
 import weakref
@@ -79,14 +80,35 @@ def _take_line(level: int, text: bytes) -> None:
 
 @contextmanager
 def listen() -> Iterator[NativeLog]:
-    """Collect what the native library warns about in this thread while the block, one native call, runs."""
+    """Collect what the native library warns about in this thread while the block, one native call, runs.
+
+    Ctrl-C is raised when the block has ended.
+    """
     log = NativeLog()
-    _listeners.open.append(log)
-    try:
-        yield log
-    finally:
-        _listeners.open.pop()
+    with _deferred_interrupt():
+        _listeners.open.append(log)
+        try:
+            yield log
+        finally:
+            _listeners.open.pop()
     raise_broken_off()
+
+
+@contextmanager
+def _deferred_interrupt() -> Iterator[None]:
+    # Python would raise it at the first bytecode of a callback, before any `try`, and ctypes would drop it there.
+    ours = threading.current_thread() is threading.main_thread()
+    if not ours or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+    came: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _frame: came.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    if came:
+        raise KeyboardInterrupt
 
 
 def raise_broken_off() -> None:
@@ -233,6 +255,7 @@ class Handle:
     ) -> None:
         self._pointer = pointer
         self._name = name
+        self._process = os.getpid()
         self._dependants: weakref.WeakSet[Handle] = weakref.WeakSet()
         # The finalizer's arguments keep `needs` alive until this pointer is freed.
         self._free = weakref.finalize(self, _free_last, self._dependants, free, pointer, needs)
@@ -242,9 +265,11 @@ class Handle:
 
     @property
     def pointer(self) -> Any:
-        """The native pointer. Raises ClosedError after `close`."""
+        """The native pointer. Raises ClosedError after `close`, and in a process forked off the one that made it."""
         if not self._free.alive:
             raise ClosedError(f"{self._name} is closed: load the model again")
+        if self._process != os.getpid():  # the native library's threads did not come along: it would wait for ever
+            raise ClosedError(f"{self._name} belongs to the process that loaded it: load the model in this one")
         return self._pointer
 
     def close(self) -> None:

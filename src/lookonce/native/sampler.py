@@ -1,8 +1,12 @@
 """Choosing the next token: libllama's sampler chain, and its grammar beside it."""
 
 import ctypes
+import json
 import os
+import re
 import struct
+import threading
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Final
 
@@ -20,29 +24,34 @@ from lookonce.sampling import Sampling
 _PENALTY_WINDOW: Final = 64  # tokens, llama.cpp's default
 _CANDIDATE = np.dtype([("id", np.int32), ("logit", np.float32), ("p", np.float32)])  # llama_token_data
 # The native grammar parser recurses: what is deeper or longer could overflow its stack.
-_LONGEST_GRAMMAR: Final = 256 * 1024
+_LONGEST_GRAMMAR: Final = 64 * 1024
 _DEEPEST_GRAMMAR: Final = 128
+_MOST_RULES: Final = 1000
+_MOST_REPETITIONS: Final = 2000  # llama-grammar.cpp's MAX_REPETITION_THRESHOLD
+_REPETITION: Final = re.compile(r"\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
 _LONGEST_REASON: Final = 300  # characters of the parser's complaint, which quotes the grammar
 
 
 class Sampler:
     """Draws tokens by one `Sampling`; it remembers what it drew, so each reply needs its own.
 
-    Raises PromptError for a JSON schema or grammar that cannot be used.
+    `grammar` is what `grammar_of` gave; the repeat penalty begins with the last tokens of `prompt`. Raises PromptError
+    for a grammar that the native parser refuses.
     """
 
-    def __init__(self, model: TextModel, sampling: Sampling) -> None:
+    def __init__(
+        self, model: TextModel, sampling: Sampling, grammar: str | None = None, prompt: Sequence[int] = ()
+    ) -> None:
         self._model = model
-        self._grammar: Handle | None = None
-        grammar = sampling.grammar
-        if (schema := sampling.schema_text) is not None:
-            grammar = _grammar_of_schema(schema)
-        if grammar is not None:
-            self._grammar = self._make_grammar(grammar)
+        self._in_use = threading.Lock()
+        self._closing = False
+        self._grammar = None if grammar is None else self._make_grammar(grammar)
         chain = llama.llama_sampler_chain_init(llama.llama_sampler_chain_default_params())
-        self._chain = Handle(chain, llama.llama_sampler_free, "the sampler")
+        self._chain = Handle(chain, llama.llama_sampler_free, "the sampler", needs=model.native)
         for part in self._parts(sampling):
             llama.llama_sampler_chain_add(chain, part)
+        for token in prompt[-_PENALTY_WINDOW:]:
+            llama.llama_sampler_accept(chain, token)
 
     def _parts(self, sampling: Sampling) -> list[int]:
         parts = []
@@ -65,7 +74,6 @@ class Sampler:
         ]
 
     def _make_grammar(self, grammar: str) -> Handle:
-        _check_grammar(grammar)
         with hear_standard_error() as heard, listen() as log:
             handle = llama.llama_sampler_init_grammar(self._model.vocab, grammar.encode(errors="replace"), b"root")
         if not handle:
@@ -73,12 +81,15 @@ class Sampler:
             raise PromptError(f"the grammar cannot be used ({reason}): give GBNF with a rule named root")
         return Handle(handle, llama.llama_sampler_free, "the grammar", needs=self._model.native)
 
-    def accept(self, token: int) -> None:
-        """Count a token of the prompt for the repeat penalty."""
-        llama.llama_sampler_accept(self._chain.pointer, token)
-
     def sample(self, context: Context) -> int:
         """Draw the token that follows the last evaluated one, and remember it."""
+        with self._in_use:
+            token = self._sample(context)
+        if self._closing:
+            self.close()
+        return token
+
+    def _sample(self, context: Context) -> int:
         chain, grammar = self._chain.pointer, self._grammar
         context.logits()  # the native call below aborts the process where there are none, or none that are numbers
         if grammar is None:
@@ -109,10 +120,15 @@ class Sampler:
         return int(array.data[array.selected].id)
 
     def close(self) -> None:
-        """Free the samplers; may be called twice."""
-        self._chain.close()
-        if self._grammar is not None:
-            self._grammar.close()
+        """Free the samplers; may be called twice, from any thread: one that is drawing frees them afterwards."""
+        self._closing = True
+        if self._in_use.acquire(blocking=False):
+            try:
+                self._chain.close()
+                if self._grammar is not None:
+                    self._grammar.close()
+            finally:
+                self._in_use.release()
 
     def __enter__(self) -> Self:
         return self
@@ -136,6 +152,30 @@ def _array(candidates: NDArray[np.void]) -> llama.llama_token_data_array:
     )
 
 
+def grammar_of(sampling: Sampling) -> str | None:
+    """The GBNF grammar that a reply has to follow, checked. Raises PromptError where it cannot be used."""
+    grammar = sampling.grammar
+    if (schema := sampling.schema_text) is not None:
+        _check_bounds(json.loads(schema))
+        grammar = _grammar_of_schema(schema)
+    if grammar is not None:
+        _check_grammar(grammar)
+    return grammar
+
+
+def _check_bounds(schema: object) -> None:
+    """Refuse a schema whose numbers the converter would write out one by one."""
+    if isinstance(schema, dict):
+        for name in ("minLength", "maxLength", "minItems", "maxItems"):
+            value = schema.get(name)
+            if isinstance(value, int | float) and value > _MOST_REPETITIONS:
+                raise PromptError(f"json_schema has {name} {value}: give at most {_MOST_REPETITIONS}, or leave it out")
+        if isinstance(pattern := schema.get("pattern"), str):
+            _check_repetitions(pattern, "json_schema's pattern")
+    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
+        _check_bounds(part)
+
+
 def _grammar_of_schema(schema: str) -> str:
     try:
         return str(json_schema_to_gbnf(schema))
@@ -151,9 +191,21 @@ def _check_grammar(grammar: str) -> None:
         raise PromptError(f"the grammar has {len(grammar)} characters: give at most {_LONGEST_GRAMMAR}")
     if "\0" in grammar:
         raise PromptError("the grammar holds a zero character: remove it")
+    if (n_rules := grammar.count("::=")) > _MOST_RULES:
+        raise PromptError(f"the grammar has {n_rules} rules: give at most {_MOST_RULES}")
+    _check_repetitions(grammar, "the grammar")
     depth = deepest = 0
     for character in grammar:
         depth += (character == "(") - (character == ")")
         deepest = max(deepest, depth)
     if deepest > _DEEPEST_GRAMMAR:
         raise PromptError(f"the grammar nests {deepest} brackets deep: give at most {_DEEPEST_GRAMMAR}")
+
+
+def _check_repetitions(text: str, what: str) -> None:
+    for repetition in _REPETITION.finditer(text):
+        low, high = int(repetition[1]), int(repetition[2] or repetition[1])
+        if not low <= high <= _MOST_REPETITIONS:  # a range the wrong way round fills the memory
+            raise PromptError(
+                f"{what} repeats {repetition[0]}: give numbers up to {_MOST_REPETITIONS}, the smaller first"
+            )

@@ -101,6 +101,11 @@ class TextModel:
         return int(llama.llama_vocab_n_tokens(self.vocab))
 
     @cached_property
+    def pools(self) -> bool:
+        """Whether the file asks for pooled outputs, as those of embedding models do."""
+        return self._metadata(f"{self._metadata('general.architecture')}.pooling_type") is not None
+
+    @cached_property
     def mrope(self) -> bool:
         """Whether a row's position is (t, y, x), not one number."""
         return int(llama.llama_model_rope_type(self.handle)) in (
@@ -246,7 +251,8 @@ class Context:
         params.n_threads = params.n_threads_batch = options.threads
         params.flash_attn_type = _FLASH_ATTENTION[options.flash_attention]
         params.type_k = params.type_v = KV_TYPES[options.kv_type]
-        params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE  # whatever the file says: pooling is ours
+        if model.pools:
+            params.pooling_type = llama.LLAMA_POOLING_TYPE_NONE  # pooling is ours
         params.kv_unified = True
         params.no_perf = True
         if capture is not None:
@@ -389,6 +395,10 @@ class Context:
         """Drop what a sequence holds from position `start` on; False where the cache can only drop the whole."""
         self._check_sequences(sequence)
         return bool(llama.llama_memory_seq_rm(self._live_memory(), sequence, start, -1))
+
+    def clear(self) -> None:
+        """Empty every sequence and its cells: a value that is no number would reach others even when masked."""
+        llama.llama_memory_clear(self._live_memory(), True)
 
     def copy(self, source: int, target: int) -> None:
         """Let sequence `target` hold all that `source` holds; the cells are shared until one of them goes on."""
