@@ -63,10 +63,11 @@ def test_a_projector_of_another_family_that_was_named_is_refused_with_both_names
         find_files(folder, tiny_pair_25[1])
 
 
-def test_several_projectors_that_fit_are_refused_with_their_names(folder: Path, tiny_pair: Pair) -> None:
+def test_of_several_projectors_that_fit_none_is_taken_and_all_are_named(folder: Path, tiny_pair: Pair) -> None:
     shutil.copy(tiny_pair[1], folder / "three.gguf")
-    with pytest.raises(ModelFileError, match=r"several projectors beside it \(three.gguf, two.gguf\)"):
-        find_files(folder)
+    files = find_files(folder)
+    assert files.projector is None
+    assert "several projector files fit one.gguf (three.gguf, two.gguf)" in files.missing
 
 
 def test_several_text_models_are_refused_with_their_names_and_one_can_be_named(folder: Path, tiny_pair: Pair) -> None:

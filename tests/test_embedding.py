@@ -340,9 +340,9 @@ def test_files_that_are_no_saved_looks_are_named_in_one_sentence(tmp_path: Path)
         path.write_bytes(data)
         with pytest.raises(SavedLookError, match=r"^look\.safetensors is not a saved look[^\n]*$"):
             ImageEmbedding.load(path)
-    with pytest.raises(SavedLookError, match="cannot be read: No such file"):
+    with pytest.raises(SavedLookError, match="does not exist: check the path"):
         ImageEmbedding.load(tmp_path / "none.safetensors")
-    with pytest.raises(SavedLookError, match="cannot be read"):
+    with pytest.raises(SavedLookError, match=r"cannot be read|does not exist|no ordinary|device or a pipe"):
         ImageEmbedding.load(tmp_path.with_suffix(".safetensors"))
     with pytest.raises(SavedLookError, match=r"end it in \.safetensors"):
         make_look().save(tmp_path / "look.bin")

@@ -75,14 +75,12 @@ def _with_fitting_projector(text: GgufFile) -> ModelFiles:
     found = [gguf for gguf in _sound_files(text.path.parent) if gguf.architecture == PROJECTOR and _fits(text, gguf)]
     if len(found) == 1:
         return ModelFiles(text, found[0], chosen=False)
-    names = ", ".join(sorted(gguf.path.name for gguf in found))
-    why = f"has several projectors beside it ({names})" if found else "has no projector that fits it in its folder"
-    return ModelFiles(
-        text,
-        None,
-        chosen=False,
-        missing=f"{text.path.name} {why}, and looking at a picture needs one: give mmproj= or --mmproj, or use a saved look",
-    )
+    missing = f"no projector file fits {text.path.name} in its folder"
+    if found:
+        names = ", ".join(sorted(gguf.path.name for gguf in found))
+        missing = f"several projector files fit {text.path.name} ({names})"
+    missing += ", and looking at a picture needs one: give mmproj= or --mmproj, or use a saved look"
+    return ModelFiles(text, None, chosen=False, missing=missing)
 
 
 def _path(what: str, given: str | PathLike[str]) -> Path:

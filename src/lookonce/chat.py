@@ -15,7 +15,7 @@ from typing_extensions import Self, Unpack
 
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine
-from lookonce.errors import PromptError
+from lookonce.errors import ClosedError, PromptError
 from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, PendingLook
 from lookonce.prompt import Message, Prompt, name_looks, place_looks
@@ -111,8 +111,11 @@ class ReplyStream(Iterator[str]):
         while self._open:
             try:
                 piece = self._advance()
-            except BaseException:
+            except BaseException as error:
+                stopped = not self._open and isinstance(error, ClosedError)  # another thread has closed the stream
                 self.drop()
+                if stopped:
+                    break
                 raise
             if piece:
                 return piece

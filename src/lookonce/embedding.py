@@ -17,7 +17,8 @@ import io
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+import stat
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -61,7 +62,7 @@ class RowSegment:
 Segment = TextSegment | RowSegment
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False, repr=False)
 class ImageEmbedding:
     """A look: what the projector gives for one picture, and all that replaying it needs.
 
@@ -106,6 +107,10 @@ class ImageEmbedding:
         object.__setattr__(self, "rows", _read_only(self.rows))
         object.__setattr__(self, "positions", _read_only(self.positions))
         object.__setattr__(self, "libraries", MappingProxyType(dict(sorted(self.libraries.items()))))
+
+    def __repr__(self) -> str:
+        rows, columns = self.grid
+        return f"<look of {self.n_rows} rows ({rows} x {columns}) for {self.model_name!r}, {self.source}>"
 
     @property
     def n_rows(self) -> int:
@@ -175,24 +180,34 @@ class ImageEmbedding:
     def load(cls, path: str | os.PathLike[str]) -> ImageEmbedding:
         """Read a saved look, checked to the last byte."""
         path = Path(path)
-        torch_file = _is_torch(path)
-        try:
-            if path.exists() and not path.is_file():
-                raise SavedLookError(f"{path} is no ordinary file: give a saved look")
-            with path.open("rb") as file:
-                data = file.read(8 + MAX_HEADER_BYTES)
-                if not torch_file:
-                    # A file of weights is refused here, before gigabytes of it are read.
-                    unpack(data, _TENSORS, name=path.name, total_bytes=path.stat().st_size)
-                data += file.read()
-        except FileNotFoundError:
-            raise SavedLookError(f"{path} does not exist: check the path, or save a look there first") from None
-        except (OSError, ValueError) as error:
-            reason = getattr(error, "strerror", None) or error
-            raise SavedLookError(f"{path} cannot be read ({reason}): check the path and its rights") from error
-        if torch_file:
-            return _from_torch(data, path)
-        return cls.from_bytes(data, name=path.name)
+        if _is_torch(path):
+            return _from_torch(_read_file(path, None), path)
+        return cls.from_bytes(_read_file(path, _TENSORS), name=path.name)
+
+
+def _check_regular(path: Path, status: os.stat_result) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise SavedLookError(f"{path} is a device or a pipe: expected a saved look")
+
+
+def _read_file(path: Path, tensors: Collection[str] | None) -> bytes:
+    """A file's bytes; a safetensors file of other tensors is refused before gigabytes of weights are read."""
+    try:
+        # A named pipe without a writer would otherwise hold the process for ever.
+        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
+            status = os.fstat(file.fileno())
+            _check_regular(path, status)
+            data = file.read(8 + MAX_HEADER_BYTES)
+            if tensors is not None:
+                unpack(data, tensors, name=path.name, total_bytes=status.st_size)
+            return data + file.read()
+    except SavedLookError:
+        raise
+    except FileNotFoundError:
+        raise SavedLookError(f"{path} does not exist: check the path, or save a look there first") from None
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SavedLookError(f"{path} cannot be read ({reason}): check the path and its rights") from error
 
 
 def to_stored_type(rows: NDArray[np.float32], dtype: Literal["f16", "f32"] = "f16") -> NDArray[Any]:
@@ -374,9 +389,10 @@ def _read_pair(value: Sequence[int]) -> tuple[int, int]:
 
 
 def _is_torch(path: Path) -> bool:
-    if path.suffix not in (".safetensors", ".pt"):
+    suffix = path.suffix.lower()
+    if suffix not in (".safetensors", ".pt"):
         raise SavedLookError(f"{path} is not a saved look's name: end it in .safetensors, or .pt with torch")
-    return path.suffix == ".pt"
+    return suffix == ".pt"
 
 
 def _import_torch(path: Path) -> Any:

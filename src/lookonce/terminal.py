@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import traceback
+import unicodedata
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from types import TracebackType
@@ -114,7 +115,8 @@ class Terminal:
 def write(text: str) -> None:
     """Write to stdout at once; a reader that has gone ends the program."""
     if sys.stdout.isatty():
-        text = "".join(one for one in text if one.isprintable() or one in "\n\t")
+        # A model's answer must not steer the terminal; spaces and joiners of other scripts may stay.
+        text = "".join(one for one in text if one in "\n\t" or unicodedata.category(one) != "Cc")
     try:
         sys.stdout.write(text)
         sys.stdout.flush()

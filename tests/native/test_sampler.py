@@ -229,7 +229,7 @@ def test_a_schema_that_cannot_be_a_grammar_is_refused(model: TextModel, schema: 
     [
         ({"grammar": 'root ::= "a"{5,2}'}, "repeats {5,2}"),
         ({"grammar": 'root ::= "a"{1,9000}'}, "repeats {1,9000}"),
-        ({"grammar": "root ::= r0\n" + "\n".join(f"r{n} ::= r{n + 1}" for n in range(10000))}, "10001 rules"),
+        ({"grammar": "root ::= r0\n" + "\n".join(f"r{n} ::= r{n + 1}" for n in range(2000))}, "2001 rules"),
         ({"json_schema": {"type": "string", "maxLength": 10**9}}, "maxLength 1000000000"),
         ({"json_schema": {"items": {"pattern": "^a{2,99999}$"}}}, "repeats {2,99999}"),
     ],

@@ -50,7 +50,21 @@ class EmbeddingFunction(ChromaFunction[Documents]):
 
     @staticmethod
     def build_from_config(config: dict[str, Any]) -> "EmbeddingFunction":
-        """Refuse: a loaded model cannot be remembered. Raises InputError."""
+        """Give what stands for the function in a collection that was opened without it: every use is an InputError."""
+        return _Forgotten(config)
+
+
+class _Forgotten(EmbeddingFunction):
+    """Remembers which model a collection was made with. Chroma makes one to look at, so it must not raise."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self._config = config
+
+    def _embed(self, texts: Documents, instruction: str | None) -> Embeddings:
         raise InputError(
-            f"the collection was made with {config.get('model')!r}: give get_collection the embedding_function again"
+            f"the collection was made with {self._config.get('model')!r}: give get_collection the embedding_function "
+            "again"
         )
+
+    def get_config(self) -> dict[str, Any]:
+        return self._config

@@ -156,24 +156,45 @@ def grammar_of(sampling: Sampling) -> str | None:
     """The GBNF grammar that a reply has to follow, checked. Raises PromptError where it cannot be used."""
     grammar = sampling.grammar
     if (schema := sampling.schema_text) is not None:
-        _check_bounds(json.loads(schema))
+        _check_schema(json.loads(schema))
         grammar = _grammar_of_schema(schema)
     if grammar is not None:
         _check_grammar(grammar)
     return grammar
 
 
-def _check_bounds(schema: object) -> None:
-    """Refuse a schema whose numbers the converter would write out one by one."""
-    if isinstance(schema, dict):
-        for name in ("minLength", "maxLength", "minItems", "maxItems"):
-            value = schema.get(name)
-            if isinstance(value, int | float) and value > _MOST_REPETITIONS:
-                raise PromptError(f"json_schema has {name} {value}: give at most {_MOST_REPETITIONS}, or leave it out")
-        if isinstance(pattern := schema.get("pattern"), str):
-            _check_repetitions(pattern, "json_schema's pattern")
-    for part in schema.values() if isinstance(schema, dict) else schema if isinstance(schema, list) else ():
-        _check_bounds(part)
+# What JSON Schema knows and the converter drops without a word: a reply would not satisfy it.
+_UNSUPPORTED: Final = frozenset(
+    {
+        *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "multipleOf"),
+        *("uniqueItems", "contains", "minContains", "maxContains", "unevaluatedItems"),
+        *("not", "if", "then", "else", "dependentRequired", "dependentSchemas"),
+        *("propertyNames", "patternProperties", "minProperties", "maxProperties", "unevaluatedProperties"),
+    }
+)
+_LENGTHS: Final = ("minLength", "maxLength", "minItems", "maxItems")
+_NAMED_SCHEMAS: Final = ("properties", "$defs", "definitions")  # their keys are names of the user's
+_VALUES: Final = ("enum", "const", "default", "examples")
+
+
+def _check_schema(schema: object) -> None:
+    """Refuse what the converter leaves out, and numbers that it would write out one by one."""
+    if isinstance(schema, list):
+        for part in schema:
+            _check_schema(part)
+    if not isinstance(schema, dict):
+        return
+    for name, value in schema.items():
+        if name in _UNSUPPORTED:
+            raise PromptError(f"json_schema has {name!r}, which a grammar cannot hold a reply to: leave it out")
+        if name in _LENGTHS and isinstance(value, int | float) and value > _MOST_REPETITIONS:
+            raise PromptError(f"json_schema has {name} {value}: give at most {_MOST_REPETITIONS}, or leave it out")
+        if name == "pattern" and isinstance(value, str):
+            _check_repetitions(value, "json_schema's pattern")
+        if name in _NAMED_SCHEMAS and isinstance(value, dict):
+            _check_schema(list(value.values()))
+        elif name not in _VALUES:
+            _check_schema(value)
 
 
 def _grammar_of_schema(schema: str) -> str:
