@@ -112,14 +112,16 @@ class ReplyStream(Iterator[str]):
             try:
                 piece = self._advance()
             except BaseException as error:
-                stopped = not self._open and isinstance(error, ClosedError)  # another thread has closed the stream
-                self.drop()
-                if stopped:
+                if isinstance(error, ClosedError) and self._is_closed():  # by another thread, meanwhile
                     break
+                self.drop()
                 raise
             if piece:
                 return piece
         raise StopIteration
+
+    def _is_closed(self) -> bool:
+        return not self._open
 
     def _advance(self) -> str:
         """Generate one token; give the text that is certain by it."""

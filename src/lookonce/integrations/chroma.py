@@ -59,6 +59,7 @@ class _Forgotten(EmbeddingFunction):
 
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
+        self._query_instruction = None
 
     def _embed(self, texts: Documents, instruction: str | None) -> Embeddings:
         raise InputError(
