@@ -449,6 +449,10 @@ def test_grey_values_beyond_sixteen_bits_are_refused(values: list[int]) -> None:
     assert_refused(Image.fromarray(np.array([values], np.int32)), "0 to 65535")
 
 
+def test_eight_bits_in_integers_of_thirty_two_are_refused_rather_than_read_as_black() -> None:
+    assert_refused(Image.new("I", (2, 2), 200), "32-bit grey values from 200 to 200")
+
+
 def test_floating_point_pixels_are_refused() -> None:
     assert_refused(Image.new("F", (2, 2), 0.5), "floating-point")
 

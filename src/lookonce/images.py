@@ -423,16 +423,16 @@ def _rgb(image: Image.Image, described: str) -> Image.Image:
 def _eight_bit(image: Image.Image, described: str) -> Image.Image:
     """Return a 16-bit grey image as L or LA, by the high byte, as Pillow itself reads 16-bit colour."""
     samples = np.asarray(image)
+    if samples.min() < 0 or samples.max() > 0xFFFF:
+        raise PictureError(
+            f"{described} has grey values from {samples.min()} to {samples.max()}: "
+            f"expected 0 to 65535, convert it to 8 bits first"
+        )
     if image.mode == "I" and image.format != "PNG" and samples.max() <= 0xFF:
         # Of 16 bits it would be all but black: more likely it has 8 bits in 32.
         raise PictureError(
             f"{described} has 32-bit grey values from {samples.min()} to {samples.max()}, which have no agreed white: "
             f"convert it to 8 bits first"
-        )
-    if samples.min() < 0 or samples.max() > 0xFFFF:
-        raise PictureError(
-            f"{described} has grey values from {samples.min()} to {samples.max()}: "
-            f"expected 0 to 65535, convert it to 8 bits first"
         )
     grey = Image.fromarray((samples >> 8).astype(np.uint8))
     key = image.info.get("transparency")
