@@ -95,13 +95,17 @@ class _NativeTime:
 
 
 def _lookonce(job: Job) -> tuple[float, float]:
+    import llama_cpp.llama_cpp as llama
+    import llama_cpp.mtmd_cpp as mtmd
+
     import lookonce
-    from lookonce.native import capture, text, vision
+    from lookonce.item import Item
+    from lookonce.native import capture
 
     watch = _NativeTime()
     for module, names in {
-        text.llama: ("llama_decode", "llama_init_from_model", "llama_memory_seq_cp", "llama_memory_seq_rm"),
-        vision.mtmd: ("mtmd_encode_chunk", "mtmd_tokenize", "mtmd_init_from_file"),
+        llama: ("llama_decode", "llama_init_from_model", "llama_memory_seq_cp", "llama_memory_seq_rm"),
+        mtmd: ("mtmd_encode_chunk", "mtmd_tokenize", "mtmd_init_from_file"),
     }.items():
         for name in names:
             watch.watch(module, name)
@@ -116,7 +120,9 @@ def _lookonce(job: Job) -> tuple[float, float]:
         embedder.close()
         before = watch.native - watch.callback
         started = time.perf_counter()
-        embedder.embed_batch([*job.texts, *({"image": picture} for picture in pictures)])
+        items: list[str | Item] = [*job.texts]
+        items += [{"image": picture} for picture in pictures]
+        embedder.embed_batch(items)
         seconds = time.perf_counter() - started
     return seconds, seconds - (watch.native - watch.callback - before)
 
