@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import lookonce
 from lookonce import engine, looker
@@ -227,3 +228,10 @@ def test_a_schema_that_a_grammar_cannot_hold_a_reply_to_is_refused(model: Model,
 def test_a_property_may_be_called_like_such_a_keyword(model: Model) -> None:
     schema = {"type": "object", "properties": {"minimum": {"enum": [1, 2]}}, "required": ["minimum"]}
     assert "minimum" in model.ask("What?", json_schema=schema, max_tokens=60, temperature=0).text
+
+
+def test_a_picture_that_cannot_be_sized_is_named(model: Model, tmp_path: Path) -> None:
+    path = tmp_path / "thread.png"
+    Image.fromarray(picture(1, height=2, width=900)).save(path)
+    with pytest.raises(lookonce.PictureError, match=r"thread\.png: "):
+        model.look(path)

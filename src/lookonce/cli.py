@@ -63,7 +63,8 @@ def _dispatch(arguments: list[str], terminal: Terminal) -> int:
         return CLOSED_PIPE if error.code else 0
     except _UsageProblem as error:
         message = cast(Any, error).format_message()
-        raise InputError(f"{message.rstrip('.')}: lookonce --help shows what there is") from error
+        remedy = "lookonce --help and lookonce COMMAND --help show what there is"
+        raise InputError(f"{message.rstrip('.')}: {remedy}") from error
     return result if isinstance(result, int) else 0
 
 

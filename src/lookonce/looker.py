@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from lookonce import gguf_check, gguf_file, images
 from lookonce.embedding import FORMAT_VERSION, ImageEmbedding, RowSegment, to_stored_type
-from lookonce.errors import InputError, MismatchError, ModelFileError, NativeError, SavedLookError
+from lookonce.errors import InputError, MismatchError, ModelFileError, NativeError, PictureError, SavedLookError
 from lookonce.gguf_file import GgufFile
 from lookonce.images import Picture, PictureSource, PixelRule
 from lookonce.native.library import Device, versions
@@ -181,7 +181,7 @@ class Looker:
     ) -> PendingLook:
         picture = images.open_picture(read, name)
         if rule is not None:
-            picture = images.fit(picture, rule)
+            picture = _fitted(picture, rule, name)
         width, height = picture.size
         n_rows = 0 if rule is None else (height // rule.factor) * (width // rule.factor)
         return PendingLook(picture, self._key(picture, dtype, self._require_projector()), note, n_rows, dtype)
@@ -316,6 +316,13 @@ class Looker:
     def _remember(self, note: str | None, key: str) -> None:
         if self._store and note:
             self._store.remember("picture", note, key)
+
+
+def _fitted(picture: Picture, rule: PixelRule, name: str | None) -> Picture:
+    try:
+        return images.fit(picture, rule)
+    except PictureError as error:  # which knows the size alone
+        raise PictureError(str(error) if name is None else f"{name}: {error}") from error
 
 
 def _grid(positions: NDArray[np.int32], segments: tuple[object, ...], *, mrope: bool) -> tuple[int, int]:

@@ -109,10 +109,10 @@ class Turn:
 def refuse_overflow(n_tokens: int, n_rows: int, n_ctx: int) -> None:
     """Raise ContextError where a prompt leaves no room for an answer."""
     if n_tokens + n_rows >= n_ctx:
+        smaller = "make the pictures smaller with max_pixels" if n_rows > n_tokens else "shorten it"
         raise ContextError(
             f"the prompt has {n_tokens} tokens and {n_rows} image rows, but the context holds {n_ctx} with at least "
-            "one for the answer: shorten the prompt, make the pictures smaller with max_pixels, or load the model with "
-            "a larger n_ctx"
+            f"one for the answer: {smaller}, or load the model with a larger n_ctx"
         )
 
 
