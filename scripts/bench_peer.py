@@ -169,11 +169,14 @@ def _transformers(job: Job) -> tuple[float, float]:
                 mask[row, : len(prompt)] = 1
             states = model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             last = states[torch.arange(len(batch)), mask.sum(1) - 1].float()
-            torch.nn.functional.normalize(last, dim=-1).numpy()
+            vectors = torch.nn.functional.normalize(last, dim=-1).numpy()
         for picture in pictures:
             states = model(**_picture_inputs(picture), use_cache=False).last_hidden_state
-            torch.nn.functional.normalize(states[:, -1].float(), dim=-1).numpy()
-        return time.perf_counter() - started, 0.0
+            vectors = torch.nn.functional.normalize(states[:, -1].float(), dim=-1).numpy()
+        seconds = time.perf_counter() - started
+    if not np.isfinite(vectors).all():
+        raise RuntimeError("transformers gave vectors that are not finite")
+    return seconds, 0.0
 
 
 def _padded_batches(prompts: Sequence[list[int]]) -> list[list[list[int]]]:
