@@ -277,9 +277,7 @@ def test_after_a_close_the_next_run_makes_a_context_anew(engine: Engine) -> None
     runner.close()
 
 
-def test_a_call_after_a_close_is_evaluated_as_by_a_new_runner(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_call_after_a_close_is_evaluated_as_by_a_new_runner(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Another cut of the same prompt changes the last bits."""
     calls: list[int] = []
     real = HiddenContext.evaluate_tokens
@@ -290,13 +288,16 @@ def test_a_call_after_a_close_is_evaluated_as_by_a_new_runner(
 
     monkeypatch.setattr(HiddenContext, "evaluate_tokens", counting)
     one, two = ([prompt(engine, "a cat beside a dog " * 4 + last)] for last in ("runs", "sleeps"))
-    runner = StateRunner(engine, -1)
+    runner, other = StateRunner(engine, -1), StateRunner(engine, -1)
+    other.run(two, everything(two))
+    expected = calls.copy()
     runner.run(one, everything(one))
     runner.close()
     calls.clear()
     runner.run(two, everything(two))
-    assert calls == [two[0].n_tokens]
+    assert calls == expected
     runner.close()
+    other.close()
 
 
 def test_states_that_are_not_finite_are_refused_and_poison_nothing(engine: Engine) -> None:
