@@ -137,8 +137,8 @@ class _Lines:
 
 def _dependencies(load: ModelOptions, pixels: PixelOptions, vectors: VectorOptions) -> dict[str, object]:
     """What vectors depend on, by the options' names. A thread more or less changes no more than rounding."""
-    from lookonce.cards import find_files
     from lookonce.gguf_file import fingerprint
+    from lookonce.model_files import find_files
 
     with status("Reading the model's fingerprint"):
         files = find_files(cast(str, load.model), load.mmproj)

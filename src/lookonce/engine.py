@@ -14,11 +14,11 @@ from typing import Final
 
 import psutil
 
-from lookonce.cards import ModelFiles
 from lookonce.embedding import ImageEmbedding
 from lookonce.errors import ClosedError, DeviceError, InputError, NativeError
 from lookonce.images import PictureSource
 from lookonce.looker import Looker, LookOptions, PendingLook, Projector
+from lookonce.model_files import ModelFiles
 from lookonce.native.library import choose_devices
 from lookonce.native.sampler import Sampler, grammar_of
 from lookonce.native.text import Context, ContextOptions, KvType, TextModel

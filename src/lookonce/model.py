@@ -6,13 +6,13 @@ from typing import Final, Literal, overload
 
 from typing_extensions import Self, Unpack
 
-from lookonce.cards import find_files
 from lookonce.chat import Chat, Images, Reply, ReplyStream
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine, LoadOptions
 from lookonce.errors import InputError
 from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, RowType
+from lookonce.model_files import find_files
 from lookonce.native.text import KvType
 from lookonce.sampling import SamplingOptions
 from lookonce.store import Store
