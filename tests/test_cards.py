@@ -1,154 +1,154 @@
-"""From what a user names to a model's two files."""
-
-import logging
-import shutil
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from lookonce.cards import find_files
-from lookonce.errors import ModelFileError
+from lookonce.cards import CardFile, find_card, read_cards, user_file
+from lookonce.errors import InputError, ModelFileError
 
-Pair = tuple[Path, Path]
+GOOD = """\
+[mine]
+family = "qwen3vl"
+licence = "MIT"
+huggingface = "me/mine-GGUF"
+text.Q4_K_M = { file = "mine.gguf" }
+
+[mine.projector]
+F16 = { file = "mmproj-mine.gguf", size_bytes = 5 }
+"""
 
 
 @pytest.fixture
-def folder(tmp_path: Path, tiny_pair: Pair) -> Path:
-    """A folder with a text model and its projector, under names that say nothing."""
-    shutil.copy(tiny_pair[0], tmp_path / "one.gguf")
-    shutil.copy(tiny_pair[1], tmp_path / "two.gguf")
-    return tmp_path
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's own file of cards, not yet written."""
+    monkeypatch.setenv("LOOKONCE_MODELS", str(tmp_path / "own.toml"))
+    return tmp_path / "own.toml"
 
 
-def test_a_file_finds_the_projector_beside_it_whatever_its_name(folder: Path) -> None:
-    files = find_files(folder / "one.gguf")
-    assert files.text.path == folder / "one.gguf"
-    assert files.projector is not None
-    assert files.projector.path == folder / "two.gguf"
-    assert not files.chosen
+def test_the_promised_models_have_cards() -> None:
+    sizes = [f"qwen3-vl-{size}-instruct" for size in ("2b", "4b", "8b", "32b")]
+    sizes += ["qwen2.5-vl-3b-instruct", "qwen2.5-vl-7b-instruct", "qwen3-vl-embedding-2b", "qwen3-vl-embedding-8b"]
+    cards = read_cards()
+    assert cards.keys() >= set(sizes)
+    for name in sizes:
+        assert cards[name].name == name
+        assert next(iter(cards[name].text)) == "Q4_K_M"
+        assert cards[name].revision == "main"
 
 
-def test_a_folder_stands_for_the_one_text_model_in_it(folder: Path) -> None:
-    for named in (folder, str(folder)):
-        files = find_files(named)
-        assert (files.text.path.name, files.projector and files.projector.path.name) == ("one.gguf", "two.gguf")
-
-
-def test_a_projector_that_was_named_is_taken_as_chosen(folder: Path, tiny_pair: Pair) -> None:
-    shutil.copy(tiny_pair[1], folder / "three.gguf")
-    files = find_files(folder, folder / "three.gguf")
-    assert files.projector is not None
-    assert files.projector.path.name == "three.gguf"
-    assert files.chosen
-
-
-def test_a_model_without_a_projector_is_enough_to_replay(folder: Path) -> None:
-    (folder / "two.gguf").unlink()
-    assert find_files(folder).projector is None
-
-
-def test_a_projector_of_another_family_is_not_taken_for_the_models(folder: Path, tiny_pair_25: Pair) -> None:
-    shutil.copy(tiny_pair_25[1], folder / "other.gguf")
-    files = find_files(folder)
-    assert files.projector is not None
-    assert files.projector.path.name == "two.gguf"
-    (folder / "two.gguf").unlink()
-    assert find_files(folder).projector is None
-
-
-def test_a_projector_of_another_family_that_was_named_is_refused_with_both_names(
-    folder: Path, tiny_pair_25: Pair
-) -> None:
-    with pytest.raises(ModelFileError, match=rf"{tiny_pair_25[1].name} is a projector for qwen2.5vl, but .*one\.gguf"):
-        find_files(folder, tiny_pair_25[1])
-
-
-def test_of_several_projectors_that_fit_none_is_taken_and_all_are_named(folder: Path, tiny_pair: Pair) -> None:
-    shutil.copy(tiny_pair[1], folder / "three.gguf")
-    files = find_files(folder)
-    assert files.projector is None
-    assert "several projector files fit one.gguf (three.gguf, two.gguf)" in files.missing
-
-
-def test_several_text_models_are_refused_with_their_names_and_one_can_be_named(folder: Path, tiny_pair: Pair) -> None:
-    shutil.copy(tiny_pair[0], folder / "three.gguf")
-    with pytest.raises(ModelFileError, match=r"several text models \(one.gguf, three.gguf\)"):
-        find_files(folder)
-    assert find_files(folder / "three.gguf").projector is not None
-
-
-@pytest.mark.parametrize("damage", ["cut", "zero", "header", "text"])
-def test_a_damaged_file_that_nobody_named_is_passed_over_with_a_warning(
-    folder: Path, caplog: pytest.LogCaptureFixture, damage: str
-) -> None:
-    whole = (folder / "two.gguf").read_bytes()
-    broken = {"cut": whole[:-100], "zero": b"", "header": whole[:40] + b"\xff" * 8 + whole[48:], "text": b"# notes"}
-    (folder / "broken.gguf").write_bytes(broken[damage])
-    with caplog.at_level(logging.WARNING, "lookonce.cards"):
-        files = find_files(folder)
-    assert files.projector is not None
-    assert files.projector.path.name == "two.gguf"
-    assert [record.levelname for record in caplog.records if "broken.gguf" in record.message] == ["WARNING"] * len(
-        caplog.records
+def test_a_card_says_what_the_hub_publishes() -> None:
+    card = find_card("Qwen3-VL-2B-Instruct")
+    assert card is not None
+    assert card.huggingface == card.modelscope == "Qwen/Qwen3-VL-2B-Instruct-GGUF"
+    assert card.text_file() == CardFile(
+        "Qwen3VL-2B-Instruct-Q4_K_M.gguf",
+        1_107_409_952,
+        "089d75c52f4b7ffc56ba998ffc50aae89fcafc755f9e7208aacca281dca6c2ae",
     )
-    assert caplog.records
+    assert card.projector_file("q8_0").size_bytes == 445_053_216
+    with pytest.raises(InputError, match=r"has no quantization 'Q2_K': choose one of Q4_K_M, Q8_0, F16"):
+        card.text_file("Q2_K")
 
 
-def test_a_damaged_file_that_was_named_is_refused(folder: Path) -> None:
-    for name in ("one.gguf", "two.gguf"):
-        whole = (folder / name).read_bytes()
-        (folder / name).write_bytes(whole[:-100])
-        with pytest.raises(ModelFileError, match=name):
-            find_files(folder / "one.gguf", folder / "two.gguf")
-        (folder / name).write_bytes(whole)
+def test_no_two_cards_share_a_file_and_every_hash_is_known_with_its_file() -> None:
+    files = [file for card in read_cards().values() for file in (*card.text.values(), *card.projector.values())]
+    hashes = [file.sha256 for file in files if file.sha256]
+    assert len(hashes) == len(set(hashes)) == 10
+    assert len({file.name for file in files}) == len(files)
 
 
-def test_swapped_files_are_told_apart(folder: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"two\.gguf is a projector file .* but a text model was expected"):
-        find_files(folder / "two.gguf")
-    with pytest.raises(ModelFileError, match=r"one\.gguf is a text model .* but a projector file .* was expected"):
-        find_files(folder / "one.gguf", folder / "one.gguf")
-    with pytest.raises(ModelFileError, match=r"two\.gguf is a projector file"):
-        find_files(folder / "two.gguf", folder / "one.gguf")
+def test_an_embedding_card_carries_the_models_own_options() -> None:
+    for size in ("2b", "8b"):
+        card = find_card(f"qwen3-vl-embedding-{size}")
+        assert card is not None
+        assert (card.pooling, card.instruction, card.prompt) == ("last", "Represent the user's input.", "chat")
+        assert (card.min_pixels, card.max_pixels, card.n_ctx) == (4_096, 1_843_200, 8_192)
 
 
-def test_what_does_not_exist_is_refused_by_its_name(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
-    with pytest.raises(ModelFileError, match="'nothing' does not exist"):
-        find_files("nothing")
-    with pytest.raises(ModelFileError, match=r"nothing\.gguf"):
-        find_files(folder / "one.gguf", "nothing.gguf")
-    with pytest.raises(ModelFileError, match="holds no text model"):
-        find_files(tmp_path_factory.mktemp("empty"))
-    (folder / "one.gguf").unlink()
-    with pytest.raises(ModelFileError, match="holds no text model"):
-        find_files(folder)
-    with pytest.raises(ModelFileError):
-        find_files(folder / "two.gguf", folder)
+def test_what_has_no_card_is_none() -> None:
+    for name in ("nothing", "", "a/b", "../models", "x" * 10_000):
+        assert find_card(name) is None
 
 
-def test_other_kinds_of_gguf_files_are_no_text_models(folder: Path) -> None:
-    import gguf
-
-    writer = gguf.GGUFWriter(folder / "adapter.gguf", "qwen3vl")
-    writer.add_string("general.type", "adapter")
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    assert find_files(folder).text.path.name == "one.gguf"
-    with pytest.raises(ModelFileError, match="without token_embd"):
-        find_files(folder / "adapter.gguf")
+def test_the_users_cards_are_added_and_replace_the_shipped_ones_of_their_name(own: Path) -> None:
+    own.write_text(GOOD + GOOD.replace("[mine", "[qwen3-vl-2b-instruct"))
+    mine, replaced = find_card("mine"), find_card("qwen3-vl-2b-instruct")
+    assert mine is not None
+    assert replaced is not None
+    assert replaced.huggingface == mine.huggingface == "me/mine-GGUF"
+    assert mine.projector_file() == CardFile("mmproj-mine.gguf", 5)
+    assert mine.modelscope is mine.pooling is mine.folder is None
+    assert find_card("qwen3-vl-4b-instruct") is not None
 
 
-def test_the_later_parts_of_a_split_model_are_not_read_by_themselves(
-    folder: Path, caplog: pytest.LogCaptureFixture
+def test_a_card_may_name_a_folder_seen_from_its_file(own: Path) -> None:
+    own.write_text(GOOD.replace('huggingface = "me/mine-GGUF"', 'folder = "here/mine"'))
+    card = find_card("mine")
+    assert card is not None
+    assert card.folder == own.parent / "here" / "mine"
+
+
+def test_the_users_file_lies_in_the_configuration_folder_unless_one_is_named(
+    own: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (folder / "whole-00002-of-00002.gguf").write_bytes(b"read with its first part")
-    with caplog.at_level(logging.WARNING, "lookonce.cards"):
-        assert find_files(folder).text.path.name == "one.gguf"
-    assert not caplog.records
+    assert user_file() == own
+    monkeypatch.delenv("LOOKONCE_MODELS")
+    assert user_file().name == "models.toml"
+    assert "lookonce" in user_file().parts
 
 
-def test_a_home_folders_tilde_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(folder.parent))
-    assert find_files(f"~/{folder.name}", f"~/{folder.name}/two.gguf").chosen
+def test_a_named_file_that_does_not_exist_is_an_error(own: Path) -> None:
+    with pytest.raises(ModelFileError, match=rf"LOOKONCE_MODELS is '{own}', which does not exist"):
+        read_cards()
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "message"),
+    [
+        ('"qwen3vl"', '"llava"', 2, "mine.family is 'llava': choose one of qwen3vl, qwen2.5vl, qwen2vl"),
+        ('family = "qwen3vl"', "", 1, "mine.family is absent, but every card has one"),
+        ('"MIT"', "5", 3, "mine.licence is 5, but a text was expected"),
+        ('"me/mine-GGUF"', '"mine"', 4, "mine.huggingface is 'mine', but a repository, owner/name was expected"),
+        ("huggingface", "hugingface", 4, "mine.hugingface is not known: expected one of family, "),
+        ('huggingface = "me/mine-GGUF"', "", 1, "mine has neither huggingface, modelscope nor folder"),
+        ('"mine.gguf"', '"../mine.gguf"', 5, "mine.text.Q4_K_M.file is '../mine.gguf', but the name of a .gguf file"),
+        ('"mine.gguf"', '"mine.bin"', 5, "mine.text.Q4_K_M.file is 'mine.bin', but"),
+        ('{ file = "mine.gguf" }', '"mine.gguf"', 5, "mine.text.Q4_K_M is 'mine.gguf', but { file, size_bytes,"),
+        ("text.Q4_K_M", "#", 1, "mine.text is absent, but a table of files was expected"),
+        ("= 5", "= -5", 8, "mine.projector.F16.size_bytes is -5, but a whole number from 1 was expected"),
+        ("= 5", "= true", 8, "mine.projector.F16.size_bytes is True, but a whole number from 1 was expected"),
+        ("size_bytes = 5", 'sha256 = "AB"', 8, "mine.projector.F16.sha256 is 'AB', but 64 small hexadecimal digits"),
+        ("size_bytes", "bytes", 8, "mine.projector.F16 is {"),
+        ('"MIT"', '"MIT"\npooling = "first"', 4, "mine.pooling is 'first': choose one of mean, last, cls, max"),
+        ('"MIT"', '"MIT"\nmin_pixels = 9\nmax_pixels = 8', 4, "mine.min_pixels is 9, more than max_pixels, 8"),
+        ('"MIT"', '"MIT"\nn_ctx = "8192"', 4, "mine.n_ctx is '8192', but a whole number from 1 was expected"),
+        ("[mine]", "[mine.2]", 1, "mine holds another table: a card whose name has a dot is written in quotes"),
+        ("[mine]", "stray = 1\n[mine]", 1, "stray is 1, but a table was expected: write [stray] above its fields"),
+        ("[mine]", '[sound]\nfamily = "qwen3vl"\n[mine]', 1, "sound.licence is absent"),
+    ],
+)
+def test_a_malformed_card_names_its_file_line_and_field(own: Path, old: str, new: str, line: int, message: str) -> None:
+    own.write_text(GOOD.replace(old, new))
+    with pytest.raises(ModelFileError, match=re.escape(f"{own}, line {line}: {message}")) as caught:
+        read_cards()
+    assert "\n" not in str(caught.value)
+
+
+def test_what_is_no_toml_names_the_line(own: Path) -> None:
+    own.write_text("[mine]\nfamily = qwen3vl\n")
+    with pytest.raises(ModelFileError, match=rf"{own} is not TOML: .*line 2"):
+        read_cards()
+    own.write_bytes(b"\xff\xfe")
+    with pytest.raises(ModelFileError, match="is not UTF-8"):
+        read_cards()
+    own.unlink()
+    own.mkdir()
+    with pytest.raises(ModelFileError, match="cannot be read"):
+        read_cards()
+
+
+def test_reading_cards_loads_no_native_library() -> None:
+    code = "import sys, lookonce.cards; lookonce.cards.read_cards(); sys.exit('llama_cpp' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,115 +1,264 @@
-"""From what a user names to the two files of a model: the text GGUF and its projector.
+"""Cards: what is known of a model by its name, from models.toml and the user's own file of the same form.
 
-A projector is recognised by its metadata and width, never by its file name.
+Knows nothing of what lies on the disk (see `model_files`) nor of hubs (see `download`).
 """
 
-import logging
+import os
 import re
-from dataclasses import dataclass
-from os import PathLike, fspath
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final
+from types import MappingProxyType
+from typing import Any, Final, Literal, cast, get_args
 
-from lookonce import gguf_check, gguf_file
-from lookonce.errors import ModelFileError
-from lookonce.gguf_file import GgufFile
+import platformdirs
 
-logger = logging.getLogger(__name__)
+from lookonce.errors import InputError, ModelFileError
+from lookonce.pooling import Pooling
 
-PROJECTOR: Final = "clip"  # general.architecture of every projector file
-_EMBEDDING: Final = "token_embd.weight"  # what every text model has
-_LATER_PART: Final = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+__all__ = ["CardFile", "ModelCard", "find_card", "read_cards", "user_file"]
+
+Prompt = Literal["chat", "plain"]
+_Files = Mapping[str, "CardFile"]
+
+_PACKAGE: Final = Path(__file__).resolve().parent
+_SHIPPED: Final = (_PACKAGE / "models.toml", _PACKAGE.parent.parent / "models.toml")  # in a wheel, in the source tree
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
+_REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_FILE_NAME: Final = re.compile(r"(?:(?!\.)[^/\\\x00-\x1f]+/)*(?!\.)[^/\\\x00-\x1f]+\.gguf")  # it stays in its folder
+_FAMILIES: Final = ("qwen3vl", "qwen2.5vl", "qwen2vl")
 
 
 @dataclass(frozen=True, slots=True)
-class ModelFiles:
-    """The checked files of one model.
+class CardFile:
+    """One file of a model's repository: its name there, and its size and SHA-256 where they are known."""
 
-    `chosen` says whether the caller named the projector; `missing`, where there is none, why.
+    name: str
+    size_bytes: int | None = None
+    sha256: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelCard:
+    """One model's entry in models.toml.
+
+    `huggingface` and `modelscope` are repositories, `owner/name`, or None where the model is not on that hub;
+    `revision` is that of the Hugging Face one. `folder` is where the files of a card without repositories lie. `text`
+    is by quantization and `projector` by type, the default first. The last six are what holds where the caller gives
+    none; None is what holds for any model.
     """
 
-    text: GgufFile
-    projector: GgufFile | None
-    chosen: bool
-    missing: str = ""
+    name: str
+    family: str
+    licence: str
+    text: _Files
+    projector: _Files
+    huggingface: str | None = None
+    modelscope: str | None = None
+    revision: str = "main"
+    folder: Path | None = None
+    pooling: Pooling | None = None
+    instruction: str | None = None
+    prompt: Prompt | None = None
+    min_pixels: int | None = None
+    max_pixels: int | None = None
+    n_ctx: int | None = None
+
+    def text_file(self, quantization: str | None = None) -> CardFile:
+        """The text model's file, the default one unless `quantization` is given. Raises InputError for another."""
+        return self._chosen(self.text, quantization, "quantization")
+
+    def projector_file(self, kind: str | None = None) -> CardFile:
+        """The projector's file, the default one unless its type is given. Raises InputError for another."""
+        return self._chosen(self.projector, kind, "projector type")
+
+    def _chosen(self, files: _Files, wanted: str | None, what: str) -> CardFile:
+        if wanted is None:
+            return next(iter(files.values()))
+        for kind, file in files.items():
+            if kind.lower() == wanted.lower():
+                return file
+        raise InputError(f"{self.name} has no {what} {wanted!r}: choose one of {', '.join(files)}")
 
 
-def find_files(model: str | PathLike[str], mmproj: str | PathLike[str] | None = None) -> ModelFiles:
-    """Find and check the files that `model`, a text GGUF or a folder with one, and `mmproj` stand for.
+def user_file() -> Path:
+    """Where the user's own cards are read from: what LOOKONCE_MODELS names, else the configuration folder."""
+    named = os.environ.get("LOOKONCE_MODELS")
+    return Path(named).expanduser() if named else platformdirs.user_config_path("lookonce") / "models.toml"
 
-    Without `mmproj` the folder is searched for the one projector whose metadata fit. Where there is none, or several,
-    the model has no projector, which is enough to replay saved looks. Raises ModelFileError for a missing, damaged or
-    mismatched file.
+
+def read_cards() -> Mapping[str, ModelCard]:
+    """All cards by name, the user's own in place of those of the same name.
+
+    Raises ModelFileError, with the file, its line and the field, for a card that cannot be used.
     """
-    path = _path("model", model)
-    if path.is_dir():
-        text = _only_text_model(path)
-    elif path.exists():
-        text = gguf_file.read(path)
-        gguf_check.check_text_model(text)
-    else:
+    cards = _read_file(next(path for path in _SHIPPED if path.exists()), folders=_PACKAGE)
+    own = user_file()
+    if own.exists():
+        cards |= _read_file(own, folders=own.parent)
+    elif os.environ.get("LOOKONCE_MODELS"):
+        raise ModelFileError(f"LOOKONCE_MODELS is {os.environ['LOOKONCE_MODELS']!r}, which does not exist: unset it")
+    return MappingProxyType(cards)
+
+
+def find_card(name: str) -> ModelCard | None:
+    """The card of that name in any case, or None. Raises what `read_cards` raises."""
+    return read_cards().get(name.lower()) if _NAME.fullmatch(name.lower()) else None
+
+
+def _read_file(path: Path, *, folders: Path) -> dict[str, ModelCard]:
+    try:
+        text = path.read_text("utf-8")
+        tables = tomllib.loads(text)
+    except OSError as error:
         raise ModelFileError(
-            f"{fspath(model)!r} does not exist: give a text model's .gguf file or a folder that holds one"
+            f"{path} cannot be read ({error.strerror or error}): check path and permissions"
+        ) from error
+    except tomllib.TOMLDecodeError as error:  # which names the line
+        raise ModelFileError(f"{path} is not TOML: {error}") from error
+    except ValueError as error:
+        raise ModelFileError(f"{path} is not UTF-8: save it as UTF-8 text") from error
+    return {name: _CardReader(path, text, name, table, folders).card() for name, table in tables.items()}
+
+
+@dataclass(frozen=True, slots=True)
+class _CardReader:
+    """Checks one table of a file of cards field by field."""
+
+    path: Path
+    source: str
+    name: str
+    table: Any
+    folders: Path
+    _known: set[str] = field(default_factory=set)
+
+    def card(self) -> ModelCard:
+        if not _NAME.fullmatch(self.name):
+            raise self._wrong((), "is no name for a card: use small letters, digits, dots and dashes")
+        if not isinstance(self.table, dict):
+            raise self._wrong((), f"is {self.table!r}, but a table was expected: write [{self.name}] above its fields")
+        if any(isinstance(value, dict) and key not in ("text", "projector") for key, value in self.table.items()):
+            raise self._wrong((), 'holds another table: a card whose name has a dot is written in quotes, ["a.b"]')
+        card = ModelCard(
+            name=self.name,
+            family=self._required("family", self._choice("family", _FAMILIES)),
+            licence=self._required("licence", self._text("licence")),
+            text=self._files("text"),
+            projector=self._files("projector"),
+            huggingface=self._matching("huggingface", _REPOSITORY, "a repository, owner/name"),
+            modelscope=self._matching("modelscope", _REPOSITORY, "a repository, owner/name"),
+            revision=self._text("revision") or "main",
+            folder=self._folder(),
+            pooling=cast("Pooling | None", self._choice("pooling", get_args(Pooling))),
+            instruction=self._text("instruction"),
+            prompt=cast("Prompt | None", self._choice("prompt", get_args(Prompt))),
+            min_pixels=self._count(("min_pixels",)),
+            max_pixels=self._count(("max_pixels",)),
+            n_ctx=self._count(("n_ctx",)),
         )
-    if mmproj is None:
-        return _with_fitting_projector(text)
-    projector = gguf_file.read(_path("mmproj", mmproj))
-    gguf_check.check_projector(projector)
-    gguf_check.check_pair(text, projector)
-    return ModelFiles(text, projector, chosen=True)
+        for key in self.table:
+            if key not in self._known:
+                raise self._wrong((key,), f"is not known: expected one of {', '.join(sorted(self._known))}")
+        if card.min_pixels and card.max_pixels and card.min_pixels > card.max_pixels:
+            raise self._wrong(("min_pixels",), f"is {card.min_pixels}, more than max_pixels, {card.max_pixels}")
+        if not (card.huggingface or card.modelscope or card.folder):
+            raise self._wrong((), "has neither huggingface, modelscope nor folder: say where its files are")
+        return card
+
+    def _take(self, keys: tuple[str, ...]) -> Any:
+        self._known.add(keys[0])
+        found = self.table
+        for key in keys:
+            found = found.get(key)
+        return found
+
+    def _text(self, key: str) -> str | None:
+        value = self._take((key,))
+        if value is not None and (not isinstance(value, str) or not value.strip()):
+            raise self._wrong((key,), f"is {value!r}, but a text was expected")
+        return value
+
+    def _required(self, key: str, value: str | None) -> str:
+        if value is None:
+            raise self._wrong((key,), "is absent, but every card has one")
+        return value
+
+    def _choice(self, key: str, choices: Sequence[str]) -> str | None:
+        value = self._text(key)
+        if value is not None and value not in choices:
+            raise self._wrong((key,), f"is {value!r}: choose one of {', '.join(choices)}")
+        return value
+
+    def _matching(self, key: str, form: re.Pattern[str], what: str) -> str | None:
+        value = self._text(key)
+        if value is not None and not form.fullmatch(value):
+            raise self._wrong((key,), f"is {value!r}, but {what} was expected")
+        return value
+
+    def _count(self, keys: tuple[str, ...]) -> int | None:
+        value = self._take(keys)
+        if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            raise self._wrong(keys, f"is {_shown(value)}, but a whole number from 1 was expected")
+        return value
+
+    def _folder(self) -> Path | None:
+        value = self._text("folder")
+        return None if value is None else self.folders / Path(value).expanduser()
+
+    def _files(self, key: str) -> _Files:
+        table = self._take((key,))
+        if not isinstance(table, dict) or not table:
+            raise self._wrong((key,), f"is {_shown(table)}, but a table of files was expected")
+        return MappingProxyType({kind: self._file((key, kind)) for kind in table})
+
+    def _file(self, keys: tuple[str, str]) -> CardFile:
+        table = self._take(keys)
+        if not isinstance(table, dict) or not table.keys() <= {"file", "size_bytes", "sha256"}:
+            raise self._wrong(keys, f"is {_shown(table)}, but {{ file, size_bytes, sha256 }} was expected")
+        name, sha256 = table.get("file"), table.get("sha256")
+        if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
+            raise self._wrong((*keys, "file"), f"is {_shown(name)}, but the name of a .gguf file was expected")
+        if sha256 is not None and (not isinstance(sha256, str) or not _SHA256.fullmatch(sha256)):
+            raise self._wrong((*keys, "sha256"), f"is {_shown(sha256)}, but 64 small hexadecimal digits were expected")
+        return CardFile(name, self._count((*keys, "size_bytes")), sha256)
+
+    def _wrong(self, keys: tuple[str, ...], what: str) -> ModelFileError:
+        keys = (self.name, *keys)
+        return ModelFileError(f"{self.path}, line {_line(self.source, keys)}: {'.'.join(keys)} {what}")
 
 
-def _only_text_model(folder: Path) -> GgufFile:
-    # An adapter or an importance matrix has a text model's architecture too.
-    found = [gguf for gguf in _sound_files(folder) if gguf.architecture != PROJECTOR and _EMBEDDING in gguf.tensors]
-    if len(found) == 1:
-        gguf_check.check_text_model(found[0])
-        return found[0]
-    if not found:
-        raise ModelFileError(f"{folder} holds no text model: give the folder of a .gguf file, or the file itself")
-    names = ", ".join(sorted(gguf.path.name for gguf in found))
-    raise ModelFileError(f"{folder} holds several text models ({names}): give one of these files")
+def _shown(value: object) -> str:
+    return "absent" if value is None else repr(value)
 
 
-def _with_fitting_projector(text: GgufFile) -> ModelFiles:
-    found = [gguf for gguf in _sound_files(text.path.parent) if gguf.architecture == PROJECTOR and _fits(text, gguf)]
-    if len(found) == 1:
-        return ModelFiles(text, found[0], chosen=False)
-    missing = f"no projector file fits {text.path.name} in its folder"
-    if found:
-        names = ", ".join(sorted(gguf.path.name for gguf in found))
-        missing = f"several projector files fit {text.path.name} ({names})"
-    missing += ", and looking at a picture needs one: give mmproj= or --mmproj, or use a saved look"
-    return ModelFiles(text, None, chosen=False, missing=missing)
+_HEADER: Final = re.compile(r"\s*\[([^\[\]]+)\]\s*(#.*)?")
+_ASSIGNMENT: Final = re.compile(r"""\s*((?:[\w-]+|"[^"]*"|'[^']*')(?:\s*\.\s*(?:[\w-]+|"[^"]*"|'[^']*'))*)\s*=""")
+_KEY: Final = re.compile(r"""([\w-]+)|"([^"]*)"|'([^']*)'""")
 
 
-def _path(what: str, given: str | PathLike[str]) -> Path:
-    path = fspath(given) if isinstance(given, str | PathLike) else given
-    if not isinstance(path, str) or not path or "\0" in path:
-        raise ModelFileError(f"{what} is {given!r}: give the path of a .gguf file")
-    try:
-        return Path(path).expanduser()
-    except RuntimeError as error:  # a home folder that nobody has
-        raise ModelFileError(f"{what} is {given!r} ({error}): give the path of a .gguf file") from error
-
-
-def _fits(text: GgufFile, projector: GgufFile) -> bool:
-    try:
-        gguf_check.check_projector(projector)
-        gguf_check.check_pair(text, projector)
-    except ModelFileError:
-        return False
-    return True
-
-
-def _sound_files(folder: Path) -> list[GgufFile]:
-    """The folder's GGUF files that can be read; a damaged one that nobody named is passed over."""
-    found = []
-    for path in sorted(folder.glob("*.gguf")):
-        if _LATER_PART.search(path.name):  # its first part stands for it
+def _line(source: str, keys: Sequence[str]) -> int:
+    """Number of the line that says most about `keys`, which tomllib does not tell: theirs, or their table's."""
+    best, line = 0, 1
+    header: list[str] = []
+    for number, content in enumerate(source.splitlines(), start=1):
+        if match := _HEADER.fullmatch(content):
+            header = _keys(match[1])
+            found = header
+        elif match := _ASSIGNMENT.match(content):
+            found = [*header, *_keys(match[1])]
+        else:
             continue
-        try:
-            found.append(gguf_file.read(path))
-        except ModelFileError as error:
-            logger.warning("passed over in search of a model's files: %s", error)
-    return found
+        if list(keys[: len(found)]) == found and len(found) > best:
+            best, line = len(found), number
+    return line
+
+
+def _keys(dotted: str) -> list[str]:
+    return ["".join(match.groups(default="")) for match in _KEY.finditer(dotted)]

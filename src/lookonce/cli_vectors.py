@@ -137,17 +137,17 @@ class _Lines:
 
 def _dependencies(load: ModelOptions, pixels: PixelOptions, vectors: VectorOptions) -> dict[str, object]:
     """What vectors depend on, by the options' names. A thread more or less changes no more than rounding."""
-    from lookonce.cards import find_files
-    from lookonce.gguf_file import fingerprint
+    from lookonce.fingerprint import fingerprint_of, hash_files
+    from lookonce.model_files import find_files
 
     with status("Reading the model's fingerprint"):
         files = find_files(cast(str, load.model), load.mmproj)
         facts: dict[str, object] = {
-            "model": fingerprint(files.text.path),
-            "mmproj": fingerprint(files.projector.path) if files.projector else None,
+            "model": fingerprint_of(files.text, None),
+            "mmproj": fingerprint_of(files.projector, None) if files.projector else None,
         }
     facts |= dataclasses.asdict(pixels) | dataclasses.asdict(vectors)
-    facts["pca"] = None if vectors.pca is None else fingerprint(vectors.pca)
+    facts["pca"] = None if vectors.pca is None else hash_files([vectors.pca])
     facts |= {name: getattr(load, name) for name in ("n_ctx", "kv_type", "flash_attention", "no_flash_attention")}
     return facts | {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
 
