@@ -23,7 +23,7 @@ import lookonce
 from bench_peer import PEERS, Job, Measured, make_pictures
 from lookonce.engine import physical_cores
 from lookonce.prompt import TokenRun
-from make_model import make_pair
+from lookonce.synthetic.pair import make_pair
 
 __all__ = ["CASES", "Case"]
 

@@ -194,7 +194,7 @@ def _make_reference(name: str) -> Any:
     import torch
     import transformers
 
-    from model_maker.shape import find_shape
+    from lookonce.synthetic.shape import find_shape
 
     shape = find_shape("qwen3vl", name)
     text, vision = shape.text, shape.vision

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 
 import lookonce
 import parity_golden
-from make_model import make_pair, make_weights
-from model_maker.shape import FAMILIES, find_shape
+from lookonce.synthetic.pair import make_pair, make_weights
+from lookonce.synthetic.shape import FAMILIES, find_shape
 from parity_case import GREEDY_TOKENS, PICTURES, PROMPTS, TEXTS, PromptCase
 from parity_library import DEFAULT, EXACT, Library
 from parity_picture import make_picture

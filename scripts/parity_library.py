@@ -19,7 +19,7 @@ from lookonce.native.capture import Capture
 from lookonce.native.text import Context, ContextOptions, KvType, TextModel
 from lookonce.native.vision import VisionTower
 from lookonce.prompt import ChatTemplate, Message, Part, Prompt, TokenRun, assemble
-from model_maker.shape import Shape
+from lookonce.synthetic.shape import Shape
 
 __all__ = ["DEFAULT", "EXACT", "Evaluation", "Library", "Setting"]
 

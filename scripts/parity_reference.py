@@ -15,10 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model_maker.shape import Shape
-from model_maker.template import CHAT_TEMPLATES
-from model_maker.vocabulary import Vocabulary
-from model_maker.weight import Weights
+from lookonce.synthetic.shape import Shape
+from lookonce.synthetic.template import CHAT_TEMPLATES
+from lookonce.synthetic.vocabulary import Vocabulary
+from lookonce.synthetic.weight import Weights
 
 __all__ = ["Evaluation", "Reference"]
 

@@ -307,9 +307,9 @@ def test_a_projector_of_another_width_or_family_is_refused(
     photo: Path,
 ) -> None:
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "scripts"))
-    from make_model import make_weights
-    from model_maker.gguf_pair import write_projector
-    from model_maker.shape import find_shape
+    from lookonce.synthetic.gguf_pair import write_projector
+    from lookonce.synthetic.pair import make_weights
+    from lookonce.synthetic.shape import find_shape
 
     shape = find_shape("qwen3vl", "tiny")
     wide = dataclasses.replace(shape, text=dataclasses.replace(shape.text, hidden_size=320))

@@ -25,7 +25,7 @@ from lookonce.looker import Projector
 from lookonce.model import Model
 from lookonce.native import vision
 from lookonce.store import Store
-from make_model import make_pair
+from lookonce.synthetic.pair import make_pair
 
 Pair = tuple[Path, Path]
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6}

@@ -14,10 +14,10 @@ import lookonce
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import make_model
-from make_model import make_pair, make_weights
-from model_maker.shape import FAMILIES, find_shape, shape_names
-from model_maker.vocabulary import build_vocabulary
-from model_maker.weight import Weights
+from lookonce.synthetic.pair import TEXT_TYPES, make_pair, make_weights
+from lookonce.synthetic.shape import FAMILIES, find_shape, shape_names
+from lookonce.synthetic.vocabulary import build_vocabulary
+from lookonce.synthetic.weight import Weights
 from parity_picture import make_picture
 
 BOTH = pytest.mark.parametrize("family", list(FAMILIES))
@@ -131,7 +131,7 @@ def test_a_large_vocabulary_gives_special_tokens_their_official_ids(family: str)
 
 
 @BOTH
-@pytest.mark.parametrize("type_", make_model.TEXT_TYPES)
+@pytest.mark.parametrize("type_", TEXT_TYPES)
 def test_every_type_loads_and_answers(family: str, type_: str, tmp_path: Path) -> None:
     mmproj_type = "Q8_0" if type_ == "Q4_K_M" else type_
     text, projector = make_pair(tmp_path, family=family, type=type_, mmproj_type=mmproj_type)

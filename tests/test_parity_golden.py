@@ -12,8 +12,8 @@ import lookonce
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
-from make_model import make_pair
-from model_maker.shape import FAMILIES, find_shape
+from lookonce.synthetic.pair import make_pair
+from lookonce.synthetic.shape import FAMILIES, find_shape
 from parity_case import EMBEDDINGS, GOLDEN_PICTURES, GREEDY_TOKENS, PROMPTS, STAGES, TEXTS
 from parity_golden import KEPT_VALUES, Golden, golden_path, read
 from parity_library import DEFAULT, EXACT, Library

@@ -26,7 +26,7 @@ from lookonce.prompt import (
     name_looks,
     place_looks,
 )
-from model_maker.template import CHAT_TEMPLATES
+from lookonce.synthetic.template import CHAT_TEMPLATES
 
 A, B, C = (make_look(seed) for seed in range(3))
 CHATML = (

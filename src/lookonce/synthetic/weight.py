@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from .shape import Shape, TextShape, VisionShape
+from lookonce.synthetic.shape import Shape, TextShape, VisionShape
 
 __all__ = ["Weights"]
 
@@ -151,7 +151,7 @@ class Weights(Mapping[str, NDArray[np.float32]]):
 
     Rows of the LM head named in `quiet` are damped, so that greedy decoding never picks those tokens.
 
-    >>> from model_maker.shape import find_shape
+    >>> from lookonce.synthetic.shape import find_shape
     >>> weights = Weights(find_shape("qwen3vl", "tiny"), seed=0)
     >>> weights["model.language_model.norm.weight"].shape
     (256,)

@@ -13,19 +13,13 @@ import numpy as np
 from gguf import GGMLQuantizationType as GgmlType
 from numpy.typing import NDArray
 
-from .shape import Shape
-from .template import CHAT_TEMPLATES
-from .vocabulary import Vocabulary
-from .weight import Weights
+from lookonce.gguf_type import FILE_TYPES, converter_type, encode
+from lookonce.synthetic.shape import Shape
+from lookonce.synthetic.template import CHAT_TEMPLATES
+from lookonce.synthetic.vocabulary import Vocabulary
+from lookonce.synthetic.weight import Weights
 
-__all__ = ["FILE_TYPES", "write_projector", "write_text"]
-
-FILE_TYPES = {
-    "F32": (gguf.LlamaFileType.ALL_F32, GgmlType.F32),
-    "F16": (gguf.LlamaFileType.MOSTLY_F16, GgmlType.F16),
-    "BF16": (gguf.LlamaFileType.MOSTLY_BF16, GgmlType.BF16),
-    "Q8_0": (gguf.LlamaFileType.MOSTLY_Q8_0, GgmlType.Q8_0),
-}
+__all__ = ["write_projector", "write_text"]
 
 _TEXT_NAMES = {
     "input_layernorm": "attn_norm",
@@ -64,7 +58,6 @@ _WHOLE_NAMES = {
     "model.visual.merger.mlp.0": "mm.0",
     "model.visual.merger.mlp.2": "mm.2",
 }
-_CHUNK_VALUES = 1 << 24
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,14 +198,7 @@ def _vision_tensors(key: str, shape: Shape, weights: Weights) -> Iterator[_Tenso
 
 
 def _ggml_type(tensor: _Tensor, type: str) -> GgmlType:
-    """Give the type that the converter would choose: what cannot be or must not be small stays F32 or F16."""
-    if "patch_embd.weight" in tensor.name:
-        return GgmlType.F16 if type == "F16" else GgmlType.F32
-    if len(tensor.shape) == 1 or "position_embd" in tensor.name:
-        return GgmlType.F32
-    wanted = FILE_TYPES[type][1]
-    block = gguf.GGML_QUANT_SIZES[wanted][0]
-    return wanted if tensor.shape[-1] % block == 0 else GgmlType.F16
+    return converter_type(tensor.name, len(tensor.shape), tensor.shape[-1], type)
 
 
 def _write(
@@ -251,14 +237,4 @@ def _write_tensors(writer: gguf.GGUFWriter, path: Path, tensors: list[_Tensor], 
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor in tensors:
-        writer.write_tensor_data(_encode(tensor.make(), _ggml_type(tensor, type)))
-
-
-def _encode(values: NDArray[np.float32], kind: GgmlType) -> NDArray[np.uint8]:
-    """Turn values into the bytes of a type, a slice at a time: quantizing needs many times the slice's memory."""
-    if kind is GgmlType.F32:
-        return np.ascontiguousarray(values).view(np.uint8)
-    flat = values.reshape(-1, values.shape[-1])
-    step = max(1, _CHUNK_VALUES // flat.shape[1])
-    parts = [gguf.quants.quantize(flat[at : at + step], kind) for at in range(0, len(flat), step)]
-    return np.concatenate([np.ascontiguousarray(part).view(np.uint8).reshape(-1) for part in parts])
+        writer.write_tensor_data(encode(tensor.make(), _ggml_type(tensor, type)))
