@@ -245,13 +245,12 @@ def describe_native() -> Native:
     """Load the native library and ask it about itself."""
     try:
         from lookonce.engine import physical_cores
-        from lookonce.native.library import gpus, system_info, versions
+        from lookonce.native.library import cpu_features, gpus, versions
     except Exception as error:  # noqa: BLE001  a broken build fails in many ways, and telling so is the purpose
         return Native(problem=f"{type(error).__name__}: {error}")
-    parts = (part.partition("=") for part in system_info().replace(":", "|").split("|"))
     return Native(
         versions=versions(),
-        features=tuple(name.strip() for name, _, value in parts if value.strip() == "1"),
+        features=cpu_features(),
         threads=physical_cores(),
         devices=("cpu", *(f"{gpu.name} ({gpu.description})" for gpu in gpus())),
     )

@@ -243,6 +243,12 @@ def system_info() -> str:
     return str(llama.llama_print_system_info().decode())
 
 
+def cpu_features() -> tuple[str, ...]:
+    """The names of the CPU features that the native build uses, as llama.cpp spells them."""
+    parts = (part.partition("=") for part in system_info().replace(":", "|").split("|"))
+    return tuple(name.strip() for name, _, value in parts if value.strip() == "1")
+
+
 class Handle:
     """A native pointer that is freed exactly once: by `close`, when its owner is forgotten, or at exit.
 
