@@ -24,6 +24,7 @@ from lookonce.cli_option import (
     gather,
     open_store,
 )
+from lookonce.cli_models import models_app
 from lookonce.cli_vectors import EMBED_EPILOG, EXTRACT_EPILOG, embed, extract
 from lookonce.errors import InputError
 from lookonce.terminal import CLOSED_PIPE, FAILURE, Terminal, progress, status, write, write_json
@@ -46,6 +47,7 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="See, check, shrink or empty the store of looks.")
 app.add_typer(store_app, name="store")
+app.add_typer(models_app, name="models")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
