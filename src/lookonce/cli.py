@@ -24,6 +24,7 @@ from lookonce.cli_option import (
     gather,
     open_store,
 )
+from lookonce.cli_pull import PULL_EPILOG, pull_model
 from lookonce.cli_vectors import EMBED_EPILOG, EXTRACT_EPILOG, embed, extract
 from lookonce.errors import InputError
 from lookonce.terminal import CLOSED_PIPE, FAILURE, Terminal, progress, status, write, write_json
@@ -212,6 +213,7 @@ def _read_prompt() -> str:
 
 app.command(epilog=EMBED_EPILOG)(embed)
 app.command(epilog=EXTRACT_EPILOG)(extract)
+app.command("pull", epilog=PULL_EPILOG)(pull_model)
 
 
 @store_app.callback(invoke_without_command=True)
