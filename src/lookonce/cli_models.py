@@ -59,14 +59,15 @@ def list_(json_: JsonFlag = False) -> None:
     for card in read_cards().values():
         found = locate_card(card)
         folder = None if found.text is None or found.projector is None else found.text.parent
-        rows.append({"name": card.name, "size_bytes": _pair_size(card), "licence": card.licence, "folder": folder})
+        rows.append((card, _pair_size(card), folder))
     if json_:
-        write_json(rows)
+        names = ("name", "size_bytes", "licence", "folder")
+        write_json([dict(zip(names, (card.name, size, card.licence, at), strict=True)) for card, size, at in rows])
         return
-    width = max(len(str(row["name"])) for row in rows)
-    for row in rows:
-        size = format_size(row["size_bytes"]) if row["size_bytes"] else "-"
-        write(f"{row['name']:<{width}}  {size:>8}  {row['licence']:<20}  {row['folder'] or 'not on this disk'}\n")
+    width = max(len(card.name) for card, _, _ in rows)
+    for card, size_bytes, folder in rows:
+        size = "-" if size_bytes is None else format_size(size_bytes)
+        write(f"{card.name:<{width}}  {size:>8}  {card.licence:<20}  {folder or 'not on this disk'}\n")
     write(f"\n`lookonce pull NAME` fetches one. Your own cards: {user_file()}\n")
 
 
@@ -155,22 +156,26 @@ def _wanted(names: list[str] | None) -> list[_FoundFile]:
     from lookonce.cards import find_card, read_cards
 
     if not names:
-        return [one for card in read_cards().values() for one in _files(card)]
+        return [one for card in read_cards().values() for one in _files(card, any_size=True)]
     wanted: list[_FoundFile] = []
     for name in names:
         card = find_card(name)
-        wanted += _named_file(Path(name)) if card is None and name.endswith(".gguf") else _files(_card(name))
+        if card is None and name.endswith(".gguf"):
+            wanted += _named_file(Path(name))
+        else:
+            wanted += _files(_card(name), any_size=True)
     return wanted
 
 
 def _named_file(path: Path) -> Iterator[_FoundFile]:
+    from lookonce import published
     from lookonce.cards import read_cards
     from lookonce.model_folders import published_name
 
     if not path.exists():
         raise ModelFileError(f"{path} does not exist: check the path")
     known = [
-        _FoundFile(kind, type_, file, path)
+        _FoundFile(kind, type_, published.complete(card, file), path)
         for card in read_cards().values()
         for kind in _KINDS
         for type_, file in getattr(card, kind).items()
@@ -181,21 +186,20 @@ def _named_file(path: Path) -> Iterator[_FoundFile]:
     yield from known
 
 
-def _files(card: "ModelCard") -> Iterator[_FoundFile]:
+def _files(card: "ModelCard", *, any_size: bool = False) -> Iterator[_FoundFile]:
+    from lookonce import published
     from lookonce.model_folders import locate
 
     for kind in _KINDS:
         for type_, file in getattr(card, kind).items():
-            yield _FoundFile(kind, type_, file, locate(card, file))
+            known = published.complete(card, file)
+            yield _FoundFile(kind, type_, known, locate(card, known, any_size=any_size))
 
 
 def _card(name: str) -> "ModelCard":
-    from lookonce.cards import find_card, read_cards
+    from lookonce.cards import choose_card
 
-    card = find_card(name)
-    if card is None:
-        raise InputError(f"there is no card {name!r}: choose one of {', '.join(read_cards())}")
-    return card
+    return choose_card(name)
 
 
 def _pair_size(card: "ModelCard") -> int | None:

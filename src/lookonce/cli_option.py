@@ -303,7 +303,8 @@ class VectorOptions:
 
         return Embedder(
             model,
-            pooling=cast("Pooling | None", self.pooling),  # the embedder refuses others with the list of them, here and below
+            # The embedder refuses others with the list of them, here and below.
+            pooling=cast("Pooling | None", self.pooling),
             layer=self.layer,
             tokens=cast("PooledTokens", self.tokens),
             normalize=not self.no_normalize,
