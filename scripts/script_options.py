@@ -9,7 +9,7 @@ import lookonce
 from lookonce.cli_option import ModelOptions
 from lookonce.terminal import Terminal
 
-__all__ = ["load_model", "make_parser", "run_script"]
+__all__ = ["load_model", "make_bare_parser", "make_parser", "run_script"]
 
 
 class _Parser(argparse.ArgumentParser):
@@ -19,10 +19,16 @@ class _Parser(argparse.ArgumentParser):
 
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Give a parser that knows --model, --mmproj, --device and --verbose."""
-    parser = _Parser(prog=program, description=description)
+    parser = make_bare_parser(program, description)
     parser.add_argument("--model", help="the text model's .gguf file, or its folder (default: $LOOKONCE_MODEL)")
     parser.add_argument("--mmproj", help="its projector file (default: the one beside the model that fits)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0 or metal")
+    return parser
+
+
+def make_bare_parser(program: str, description: str) -> argparse.ArgumentParser:
+    """Give a parser that knows --verbose."""
+    parser = _Parser(prog=program, description=description)
     parser.add_argument("--verbose", action="store_true", help="show the log and tracebacks on stderr")
     return parser
 

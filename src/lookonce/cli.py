@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lookonce.byte_size import format_size, parse_size
+from lookonce.cli_models import models_app
 from lookonce.cli_option import (
     MODEL_HINT,
     JsonFlag,
@@ -24,6 +25,7 @@ from lookonce.cli_option import (
     gather,
     open_store,
 )
+from lookonce.cli_pull import PULL_EPILOG, pull_model
 from lookonce.cli_vectors import EMBED_EPILOG, EXTRACT_EPILOG, embed, extract
 from lookonce.errors import InputError
 from lookonce.terminal import CLOSED_PIPE, FAILURE, Terminal, progress, status, write, write_json
@@ -46,6 +48,7 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="See, check, shrink or empty the store of looks.")
 app.add_typer(store_app, name="store")
+app.add_typer(models_app, name="models")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -212,6 +215,7 @@ def _read_prompt() -> str:
 
 app.command(epilog=EMBED_EPILOG)(embed)
 app.command(epilog=EXTRACT_EPILOG)(extract)
+app.command("pull", epilog=PULL_EPILOG)(pull_model)
 
 
 @store_app.callback(invoke_without_command=True)

@@ -10,6 +10,7 @@
     │   ├── ContextError               the prompt does not fit the context
     │   └── DeviceError                the native build lacks the device that was asked for
     ├── NativeError                    llama.cpp failed at something that should have worked; carries its log lines
+    ├── DownloadError                  a model's files cannot be fetched, or are not what was expected
     ├── StoreError                     the store's folder cannot be used at all
     └── ClosedError                    a model, store or chat was used after close()
 
@@ -20,6 +21,7 @@ __all__ = [
     "ClosedError",
     "ContextError",
     "DeviceError",
+    "DownloadError",
     "InputError",
     "LookonceError",
     "MismatchError",
@@ -87,6 +89,10 @@ class NativeError(LookonceError):
 def with_log(message: str, log: tuple[str, ...]) -> str:
     """A message with the native library's own lines after it."""
     return ": ".join([message, *([" | ".join(log)] if log else [])])
+
+
+class DownloadError(LookonceError):
+    """A model's files cannot be fetched: no hub answers, it refuses, the disk is full, or the bytes are wrong."""
 
 
 class StoreError(LookonceError):

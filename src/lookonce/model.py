@@ -217,7 +217,7 @@ def _wants_trial(trial: bool | None) -> bool:
 def _fetch(card: ModelCard, quantization: str | None) -> object:
     from lookonce.download import pull
 
-    return pull(card.name, quant=quantization)
+    return pull(card, quant=quantization)
 
 
 def _open_store(store: str | PathLike[str] | bool) -> Store | None:

@@ -37,7 +37,7 @@ def find_named(name: str) -> Path | None:
     return next((path for folder in folders() if (path := folder / name).exists()), None)
 
 
-def locate(card: ModelCard, file: CardFile) -> Path | None:
+def locate(card: ModelCard, file: CardFile, *, any_size: bool = False) -> Path | None:
     """Where a card's file lies. One of another size than the card says is passed over with a warning."""
     for path in _candidates(card, file):
         try:
@@ -46,7 +46,7 @@ def locate(card: ModelCard, file: CardFile) -> Path | None:
             continue
         if size_bytes is None:
             continue
-        if file.size_bytes in (None, size_bytes):
+        if any_size or file.size_bytes in (None, size_bytes):
             return path
         logger.warning(
             "%s has %d bytes where the card %s says %d: it is not used", path, size_bytes, card.name, file.size_bytes

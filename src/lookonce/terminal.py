@@ -28,6 +28,7 @@ __all__ = [
     "WRONG_USE",
     "Terminal",
     "bar",
+    "byte_bars",
     "one_line",
     "progress",
     "status",
@@ -202,6 +203,38 @@ def bar(*, total: int | None, what: str) -> Iterator[Callable[[int], object]]:
     with shown:
         task = shown.add_task(what, total=total)
         yield lambda count: shown.advance(task, count)
+
+
+@contextmanager
+def byte_bars() -> Iterator[Callable[[str, str, int, int], object]]:
+    """Show a bar of bytes for each of several names on a terminal's stderr.
+
+    Gives what moves them on: a name, what is being done with it, the bytes done and all of them.
+    """
+    if not sys.stderr.isatty():
+        yield lambda _name, _doing, _done, _total: None
+        return
+    from rich import progress as rich_progress
+    from rich.console import Console
+    from rich.markup import escape
+
+    columns = (
+        rich_progress.TextColumn("{task.description}"),
+        rich_progress.BarColumn(),
+        rich_progress.DownloadColumn(),
+        rich_progress.TransferSpeedColumn(),
+        rich_progress.TimeRemainingColumn(),
+    )
+    tasks: dict[str, rich_progress.TaskID] = {}
+    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as shown:
+
+        def move(name: str, doing: str, done: int, total: int) -> None:
+            told = escape(one_line(f"{doing} {name}"))
+            if name not in tasks:
+                tasks[name] = shown.add_task(told, total=total)
+            shown.update(tasks[name], description=told, completed=done, total=total)
+
+        yield move
 
 
 class _OneLineHandler(logging.Handler):

@@ -2,8 +2,8 @@
 
 What the header check cannot see, a vocabulary or a hyper-parameter that trips an assert deep in native code, ends the
 child with a signal and the caller with a ModelFileError. A model is tried once for each version of the native library,
-which the store remembers; without a store, in every process. Files whose content is the one that a card publishes are
-not tried. The child maps the text model, so its pages are
+which the store remembers; without a store, in every process. Files whose content is the one that a hub publishes for
+the model's card are not tried. The child maps the text model, so its pages are
 those that the caller will use; it evaluates one token and one small picture, and lets go of everything.
 
 The child is this module too: `run_child` is what it runs.
@@ -22,8 +22,8 @@ from typing import Any, Final
 
 import numpy as np
 
-from lookonce import gguf_check
-from lookonce.cards import read_cards
+from lookonce import gguf_check, published
+from lookonce.cards import ModelCard
 from lookonce.errors import LookonceError, ModelFileError, NativeError
 from lookonce.fingerprint import fingerprint_of, known_fingerprint, recall
 from lookonce.gguf_file import GgufFile
@@ -60,7 +60,7 @@ def try_model(files: ModelFiles, store: Store | None) -> None:
     parts = [files.text, *([files.projector] if files.projector else [])]
     # To read a file through costs more than the trial that it may spare, where nothing can be remembered.
     prints = [known_fingerprint(gguf, None) if store is None else fingerprint_of(gguf, store) for gguf in parts]
-    if set(prints) <= _published():
+    if set(prints) <= _published_hashes(files.card):
         return
     digest = hashlib.sha256(json.dumps([*prints, versions()], sort_keys=True).encode()).hexdigest()
     if all(prints) and recall(_KIND, digest, store) == _SOUND:
@@ -69,9 +69,11 @@ def try_model(files: ModelFiles, store: Store | None) -> None:
         store.remember(_KIND, digest, _SOUND)
 
 
-def _published() -> set[str | None]:
-    cards = read_cards().values()
-    return {file.sha256 for card in cards for file in (*card.text.values(), *card.projector.values()) if file.sha256}
+def _published_hashes(card: ModelCard | None) -> set[str | None]:
+    if card is None:
+        return set()
+    files = (published.complete(card, file) for file in (*card.text.values(), *card.projector.values()))
+    return {file.sha256 for file in files} - {None}
 
 
 def _try_in_child(files: ModelFiles, parts: list[GgufFile]) -> bool:
