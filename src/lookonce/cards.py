@@ -52,7 +52,7 @@ class ModelCard:
 
     `huggingface` and `modelscope` are repositories, `owner/name`, or None where the model is not on that hub;
     `revision` is that of the Hugging Face one. `folder` is where the files of a card without repositories lie. `text`
-    is by quantization and `projector` by type, the default first. The last six are what holds where the caller gives
+    is by quantization and `projector` by type, the default first. The last seven are what holds where the caller gives
     none; None is what holds for any model.
     """
 
@@ -71,6 +71,7 @@ class ModelCard:
     min_pixels: int | None = None
     max_pixels: int | None = None
     n_ctx: int | None = None
+    mmproj_type: str | None = None
 
     def text_file(self, quantization: str | None = None) -> CardFile:
         """The text model's file, the default one unless `quantization` is given. Raises InputError for another."""
@@ -173,6 +174,7 @@ class _CardReader:
             min_pixels=self._count(("min_pixels",)),
             max_pixels=self._count(("max_pixels",)),
             n_ctx=self._count(("n_ctx",)),
+            mmproj_type=self._choice("mmproj_type", ("auto", "BF16", "F16", "Q8_0")),
         )
         for key in self.table:
             if key not in self._known:

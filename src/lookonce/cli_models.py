@@ -1,6 +1,6 @@
-"""The commands about models known by name: `lookonce models list|show|verify|where`.
+"""The commands about models known by name: `lookonce models list|show|verify|where|retype`.
 
-Loads no native library.
+Only the last loads the native library.
 """
 
 from collections.abc import Iterator
@@ -12,6 +12,7 @@ import typer
 
 from lookonce.byte_size import format_size
 from lookonce.cli_option import JsonFlag, StoreFolder, gather, open_store
+from lookonce.cli_retype import RETYPE_EPILOG, retype
 from lookonce.errors import InputError, ModelFileError
 from lookonce.terminal import FAILURE, status, write, write_json
 
@@ -135,6 +136,9 @@ def verify(*, names: _Names = None, store: StoreFolder = None, json_: JsonFlag =
         write("none of these models is on this disk\n")
     if bad:
         raise typer.Exit(FAILURE)
+
+
+models_app.command(epilog=RETYPE_EPILOG)(retype)
 
 
 def _verdict(one: _FoundFile, actual: str, size_bytes: int) -> str:

@@ -124,6 +124,15 @@ class ModelOptions:
             rich_help_panel=_MODEL,
         ),
     ] = None
+    mmproj_type: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TYPE",
+            envvar="LOOKONCE_MMPROJ_TYPE",
+            help="Use the projector of this type that models retype made: BF16, F16, Q8_0 or auto.",
+            rich_help_panel=_MODEL,
+        ),
+    ] = None
     device: Annotated[
         str,
         typer.Option(
@@ -180,6 +189,7 @@ class ModelOptions:
             return load(
                 self.model,
                 mmproj=self.mmproj,
+                mmproj_type=self.mmproj_type,
                 device=self.device,
                 n_gpu_layers=self.n_gpu_layers,
                 n_ctx=self.n_ctx,

@@ -144,7 +144,7 @@ def _dependencies(load: ModelOptions, pixels: PixelOptions, vectors: VectorOptio
 
     kept = contextlib.nullcontext() if load.no_store else open_store(load.store)
     with status("Reading the model's fingerprint"), kept as store:
-        files = find_files(cast(str, load.model), load.mmproj)
+        files = find_files(cast(str, load.model), load.mmproj, mmproj_type=load.mmproj_type, store=store)
         facts: dict[str, object] = {
             "model": fingerprint_of(files.text, store),
             "mmproj": fingerprint_of(files.projector, store) if files.projector else None,

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 
 import psutil
 
-from lookonce import gguf_check, gguf_file
+from lookonce import gguf_check, gguf_file, retype
 from lookonce.byte_size import format_size
 from lookonce.drawing import draw_shape
 from lookonce.errors import ModelFileError, StoreError
@@ -277,7 +277,11 @@ def find_models(named: str | None) -> list[FoundModel]:
         folders.insert(0, path if path.is_dir() else path.parent)
     paths = dict.fromkeys(path.resolve() for folder in folders for path in _ggufs(folder))
     read = [_read(path) for path in islice(paths, _MOST_FILES)]
-    projectors = [one for one in read if isinstance(one, GgufFile) and gguf_check.family(one) and _is_sound(one)]
+    projectors = [
+        one
+        for one in read
+        if isinstance(one, GgufFile) and gguf_check.family(one) and retype.origin(one) is None and _is_sound(one)
+    ]
     return [one if isinstance(one, FoundModel) else _describe(one, projectors) for one in read]
 
 

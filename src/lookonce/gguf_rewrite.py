@@ -38,7 +38,7 @@ class NewTensor:
     def n_bytes(self) -> int:
         """Bytes that it takes."""
         block, block_bytes = gguf.GGML_QUANT_SIZES[self.type]
-        return math.prod(self.source.shape) // block * int(block_bytes)
+        return math.prod(self.source.shape) // int(block) * int(block_bytes)
 
 
 def u32(value: int) -> bytes:
@@ -89,7 +89,7 @@ def rewrite(
     target.write(head.ljust(_padded(len(head), source.alignment), b"\0"))
     for tensor in tensors:
         for piece in _pieces(source, tensor):
-            target.write(memoryview(piece))
+            target.write(piece.data)
             advance(piece.nbytes)
         target.write(bytes(_padded(tensor.n_bytes, source.alignment) - tensor.n_bytes))
 

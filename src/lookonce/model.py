@@ -153,6 +153,7 @@ def load(
     model: str | PathLike[str],
     *,
     mmproj: str | PathLike[str] | None = None,
+    mmproj_type: str | None = None,
     device: str = "auto",
     n_gpu_layers: int | None = None,
     n_ctx: int | None = None,
@@ -169,6 +170,9 @@ def load(
         `qwen3-vl-2b-instruct:Q8_0`, a text model's .gguf file, or a folder that holds one. To give a folder that has a
         card's name write `./` before it.
     mmproj: its projector file. Without it the card's is taken, or the one in the folder whose metadata fit.
+    mmproj_type: `BF16`, `F16` or `Q8_0` for the projector of this type, which `lookonce models retype` makes of
+        another; `auto` for the one that it made, if there is one. None is what LOOKONCE_MMPROJ_TYPE says, else the
+        card's; where these say nothing, retyped files are passed over.
     device: `auto`, `cpu`, `cuda`, `cuda:0`, `metal`. `auto` takes the GPUs that the native build can use.
     n_gpu_layers: how many layers go to the GPU; None is all. 0 keeps the vision tower on the CPU too.
     n_ctx: tokens and image rows that the context holds; None is the card's, else 8,192, or what the model was trained
@@ -187,12 +191,12 @@ def load(
     device that the build lacks, InputError for another option.
     """
     options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention)
-    files = find_files(model, mmproj, fetch=_fetch if download else None)
-    if isinstance(store, Store):
-        return _load(files, options, store, owns_store=False, trial=_wants_trial(trial))
-    own = _open_store(store)
+    own = None if isinstance(store, Store) else _open_store(store)
+    used = store if isinstance(store, Store) else own
+    kind = mmproj_type or os.environ.get("LOOKONCE_MMPROJ_TYPE") or None
     try:
-        return _load(files, options, own, owns_store=True, trial=_wants_trial(trial))
+        files = find_files(model, mmproj, mmproj_type=kind, store=used, fetch=_fetch if download else None)
+        return _load(files, options, used, owns_store=own is not None, trial=_wants_trial(trial))
     except BaseException:
         if own is not None:
             own.close()

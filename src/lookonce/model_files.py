@@ -12,12 +12,13 @@ from os import PathLike, fspath
 from pathlib import Path
 from typing import Final
 
-from lookonce import gguf_check, gguf_file
+from lookonce import gguf_check, gguf_file, retype
 from lookonce.byte_size import format_size
 from lookonce.cards import CardFile, ModelCard, find_card, read_cards
 from lookonce.errors import ModelFileError
 from lookonce.gguf_file import GgufFile
 from lookonce.model_folders import find_named, locate, published_name
+from lookonce.store import Store
 
 __all__ = ["CardPaths", "Fetch", "ModelFiles", "find_files", "locate_card", "pull_command"]
 
@@ -56,12 +57,20 @@ class CardPaths:
 
 
 def find_files(
-    model: str | PathLike[str], mmproj: str | PathLike[str] | None = None, *, fetch: Fetch | None = None
+    model: str | PathLike[str],
+    mmproj: str | PathLike[str] | None = None,
+    *,
+    mmproj_type: str | None = None,
+    store: Store | None = None,
+    fetch: Fetch | None = None,
 ) -> ModelFiles:
     """Find and check the files that `model` and `mmproj` stand for.
 
     model: a card's name, one with a quantization as in `qwen3-vl-2b-instruct:Q8_0`, a text GGUF, or a folder with
         one. A file or folder that is not here is looked for in the folders of models.
+    mmproj_type: the type of the projector's file, where a retyped one is to be used: see `retype.in_type`. None is the
+        card's.
+    store: where a file's fingerprint may be noted.
     fetch: fetches what is missing of a card.
 
     Without `mmproj` the projector is the card's, or the one in the text model's folder whose metadata fit. Where there
@@ -70,7 +79,8 @@ def find_files(
     """
     card, _, quantization = model.partition(":") if isinstance(model, str) else ("", "", "")
     if (named := find_card(card)) is not None:
-        return _of_card(named, quantization or None, mmproj, fetch)
+        files = _of_card(named, quantization or None, mmproj, mmproj_type or named.mmproj_type, fetch)
+        return _in_type(files, mmproj_type, store)
     path = _path("model", model)
     if not path.exists() and len(path.parts) == 1:
         path = find_named(path.name) or path
@@ -83,13 +93,19 @@ def find_files(
             f"{fspath(model)!r} does not exist: give a text model's .gguf file, a folder that holds one, or one of "
             f"{', '.join(read_cards())}"
         )
-    return replace(_paired(text, mmproj), card=_card_of(text.path))
+    card_of_file = _card_of(text.path)
+    kind = mmproj_type or (card_of_file.mmproj_type if card_of_file else None)
+    return _in_type(replace(_paired(text, mmproj, kind), card=card_of_file), mmproj_type, store)
 
 
-def locate_card(card: ModelCard, quantization: str | None = None) -> CardPaths:
-    """Where a card's files lie. Raises InputError for a quantization that the card has not."""
+def locate_card(card: ModelCard, quantization: str | None = None, mmproj_type: str | None = None) -> CardPaths:
+    """Where a card's files lie; the projector of `mmproj_type` goes before the others.
+
+    Raises InputError for a quantization that the card has not.
+    """
     texts = card.text.values() if quantization is None else [card.text_file(quantization)]
-    return CardPaths(_first(card, texts), _first(card, card.projector.values()))
+    kinds = sorted(card.projector, key=lambda kind: kind.lower() != (mmproj_type or "").lower())
+    return CardPaths(_first(card, texts), _first(card, [card.projector[kind] for kind in kinds]))
 
 
 def pull_command(card: ModelCard, quantization: str | None = None) -> str:
@@ -102,12 +118,16 @@ def pull_command(card: ModelCard, quantization: str | None = None) -> str:
 
 
 def _of_card(
-    card: ModelCard, quantization: str | None, mmproj: str | PathLike[str] | None, fetch: Fetch | None
+    card: ModelCard,
+    quantization: str | None,
+    mmproj: str | PathLike[str] | None,
+    mmproj_type: str | None,
+    fetch: Fetch | None,
 ) -> ModelFiles:
-    paths = locate_card(card, quantization)
+    paths = locate_card(card, quantization, mmproj_type)
     if fetch is not None and card.folder is None and (paths.text is None or (paths.projector or mmproj) is None):
         fetch(card, quantization)
-        paths = locate_card(card, quantization)
+        paths = locate_card(card, quantization, mmproj_type)
     if paths.text is None:
         what = card.name if quantization is None else f"{card.name}:{quantization}"
         if card.folder is not None:
@@ -115,8 +135,8 @@ def _of_card(
         raise ModelFileError(f"the files of {what} are not on this disk: {pull_command(card, quantization)}")
     text = _text_model(paths.text)
     if mmproj is None and paths.projector is not None:
-        return replace(_paired(text, paths.projector), chosen=False, card=card)
-    found = _paired(text, mmproj)
+        return replace(_paired(text, paths.projector, None), chosen=False, card=card)
+    found = _paired(text, mmproj, mmproj_type)
     if found.projector is None and card.folder is None:
         missing = f"the projector of {card.name} is not on this disk: {pull_command(card)}, or use a saved look"
         return replace(found, missing=missing, card=card)
@@ -155,9 +175,24 @@ def _only_text_model(folder: Path) -> GgufFile:
     raise ModelFileError(f"{folder} holds several text models ({names}): give one of these files")
 
 
-def _paired(text: GgufFile, mmproj: str | PathLike[str] | None) -> ModelFiles:
+def _in_type(files: ModelFiles, mmproj_type: str | None, store: Store | None) -> ModelFiles:
+    """The files with the projector in the type that the caller or the card wants."""
+    wanted = mmproj_type or (files.card.mmproj_type if files.card else None)
+    if wanted is None:
+        return files
+    retype.checked_type(wanted, auto=True)
+    if files.projector is None:
+        return files
+    found = retype.in_type(files.projector, wanted, store)
+    if found is files.projector:
+        return files
+    gguf_check.check_pair(files.text, found)
+    return replace(files, projector=found, chosen=False)
+
+
+def _paired(text: GgufFile, mmproj: str | PathLike[str] | None, mmproj_type: str | None) -> ModelFiles:
     if mmproj is None:
-        return _with_fitting_projector(text)
+        return _with_fitting_projector(text, mmproj_type)
     path = _path("mmproj", mmproj)
     if not path.exists() and len(path.parts) == 1:
         path = find_named(path.name) or path
@@ -167,13 +202,19 @@ def _paired(text: GgufFile, mmproj: str | PathLike[str] | None) -> ModelFiles:
     return ModelFiles(text, projector, chosen=True)
 
 
-def _with_fitting_projector(text: GgufFile) -> ModelFiles:
-    found = [gguf for gguf in _sound_files(text.path.parent) if gguf.architecture == PROJECTOR and _fits(text, gguf)]
+def _with_fitting_projector(text: GgufFile, mmproj_type: str | None) -> ModelFiles:
+    fitting = [gguf for gguf in _sound_files(text.path.parent) if gguf.architecture == PROJECTOR and _fits(text, gguf)]
+    found = [gguf for gguf in fitting if retype.origin(gguf) is None]
     if len(found) > 1:  # those of other models of the same family and width fit too
         found = [gguf for gguf in found if _same_model(text, gguf)] or found
+    if len(found) > 1 and mmproj_type is not None:
+        found = [gguf for gguf in found if retype.projector_type(gguf).lower() == mmproj_type.lower()] or found
     if len(found) == 1:
         return ModelFiles(text, found[0], chosen=False)
     missing = f"no projector file fits {text.path.name} in its folder"
+    if fitting and not found:
+        names = ", ".join(sorted(gguf.path.name for gguf in fitting))
+        missing += f" but what was retyped from one that is gone ({names})"
     if found:
         names = ", ".join(sorted(gguf.path.name for gguf in found))
         missing = f"several projector files fit {text.path.name} ({names})"

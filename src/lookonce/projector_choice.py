@@ -4,7 +4,6 @@ The projector is cut down to its first blocks, once for each type, and these tak
 what two projector files make of a picture. Needs no text model: a small one of random weights stands in for it.
 """
 
-import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,6 +18,7 @@ from numpy.typing import NDArray
 
 from lookonce import gguf_check, gguf_file
 from lookonce.drawing import draw_scene
+from lookonce.errors import InputError
 from lookonce.gguf_file import GgufFile
 from lookonce.gguf_rewrite import NewTensor, booleans, rewrite, u32
 from lookonce.gguf_type import converter_type
@@ -33,7 +33,7 @@ from lookonce.synthetic.weight import Weights
 
 __all__ = ["Choice", "choose_type", "compare", "measure_types", "pick"]
 
-MARGIN: Final = 0.93  # another type has to take less than this part of the own type's time
+LEAST_GAIN: Final = 1.08  # another type has to be so many times as fast as the own one: less is noise
 _BLOCKS: Final = 2
 _ROUNDS: Final = 4
 _FEATURES: Final = ("AVX512_BF16", "AMX_INT8", "AMX_BF16", "AVX512_VNNI", "AVX_VNNI", "AVX512_FP16", "FP16_VA")
@@ -42,8 +42,8 @@ _VOCABULARY: Final = 512
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """The type to use: `own` is the file's, `times_s` the median of each type's times for the part of the tower that
-    was measured, `features` what the native build uses of this CPU that counts for them."""
+    """The type to use: `own` is the file's, `times_s` the least of each type's times for the part of the tower that was
+    measured, `features` what the native build uses of this CPU that counts for them."""
 
     type: str
     own: str
@@ -58,7 +58,7 @@ class Choice:
         gain = self.times_s[self.own] / self.times_s[self.type]
         verdict = f"{self.type} is {gain:.2f} times as fast as {self.own}"
         if self.type == self.own:
-            verdict = f"nothing is faster than {self.own}, its own type, by more than {1 / MARGIN - 1:.0%}"
+            verdict = f"nothing is faster than {self.own}, its own type, by more than {LEAST_GAIN - 1:.0%}"
         return f"{verdict} (the first blocks with a picture of 512 x 512: {times}; the CPU and the build have {having})"
 
 
@@ -68,17 +68,23 @@ def choose_type(
     """Measure the types, the file's own among them, and choose.
 
     The own type stays unless another is faster by more than the noise. Raises NativeError where the native library
-    fails, InputError for values that no type holds, OSError where the temporary folder is full.
+    fails, InputError for values that a type cannot hold and where the temporary folder is full.
     """
     own = projector_type(projector)
-    times = measure_types(projector, list(dict.fromkeys((own, *TYPES))), threads=threads, advance=advance)
-    return pick(own, {kind: statistics.median(found) for kind, found in times.items()}, _features())
+    try:
+        times = measure_types(projector, list(dict.fromkeys((own, *TYPES))), threads=threads, advance=advance)
+    except OSError as error:
+        raise InputError(
+            f"the temporary folder {tempfile.gettempdir()} cannot be written ({error.strerror or error}): make room "
+            "there, set TMPDIR to another, or give the type"
+        ) from error
+    return pick(own, {kind: min(found) for kind, found in times.items()}, _features())
 
 
 def pick(own: str, times_s: Mapping[str, float], features: Sequence[str] = ()) -> Choice:
     """The choice that measured times lead to."""
     fastest = min(times_s, key=lambda kind: times_s[kind])
-    chosen = fastest if times_s[fastest] < MARGIN * times_s[own] else own
+    chosen = fastest if times_s[own] > LEAST_GAIN * times_s[fastest] else own
     return Choice(chosen, own, dict(times_s), tuple(features))
 
 

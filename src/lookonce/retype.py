@@ -7,6 +7,7 @@ Knows nothing of native code (see `projector_choice` for which type is the faste
 import errno
 import os
 import re
+import shlex
 import shutil
 from collections import Counter
 from collections.abc import Callable
@@ -24,11 +25,22 @@ from lookonce.durable import sync_folder
 from lookonce.errors import InputError, ModelFileError
 from lookonce.fingerprint import fingerprint_of, identity
 from lookonce.gguf_file import GgufFile, TensorInfo
+from lookonce.store import Store
 
 if TYPE_CHECKING:
     from lookonce.gguf_rewrite import NewTensor
 
-__all__ = ["TYPES", "Retyped", "checked_type", "origin", "projector_type", "read_original", "retype", "retyped_name"]
+__all__ = [
+    "TYPES",
+    "Retyped",
+    "checked_type",
+    "in_type",
+    "origin",
+    "projector_type",
+    "read_original",
+    "retype",
+    "retyped_name",
+]
 
 TYPES: Final = ("BF16", "F16", "Q8_0")  # what can be asked for
 ORIGIN_KEY: Final = "lookonce.retyped_from"
@@ -99,6 +111,43 @@ def read_original(path: str | Path) -> GgufFile:
     return gguf
 
 
+def in_type(projector: GgufFile, type: str, store: Store | None = None) -> GgufFile:
+    """The projector in the type asked for: the file itself, or one beside it that was retyped from it.
+
+    type: one of `TYPES`, or `auto` for the retyped file if there is one (of several the newest), else the file itself.
+    store: where the original's fingerprint may be noted.
+
+    Raises ModelFileError, with the command that makes it, where there is none of that type.
+    """
+    wanted = checked_type(type, auto=True)
+    if wanted == projector_type(projector) or (wanted == "auto" and origin(projector) is not None):
+        return projector
+    found = [one for one in _retyped_beside(projector) if wanted in ("auto", projector_type(one))]
+    if found:
+        original = fingerprint_of(projector, store)
+        current = [one for one in found if origin(one) == original]
+        if current:
+            return max(current, key=lambda one: one.path.stat().st_mtime_ns)
+    if wanted == "auto":
+        return projector
+    stale = f" ({found[0].path.name} was made from another file: delete it)" if found else ""
+    raise ModelFileError(
+        f"{projector.path} has no {wanted} file beside it{stale}: make one with "
+        f"`lookonce models retype {shlex.quote(str(projector.path))} --type {wanted}`"
+    )
+
+
+def _retyped_beside(projector: GgufFile) -> list[GgufFile]:
+    found = []
+    for path in sorted(projector.path.parent.glob("*.gguf")):
+        with suppress(ModelFileError):
+            gguf = gguf_file.read(path)
+            if origin(gguf) is not None:
+                gguf_check.check_projector(gguf)
+                found.append(gguf)
+    return found
+
+
 def retype(path: str | Path, type: str, *, advance: Callable[[int, int], object] = lambda *_: None) -> Retyped:
     """Write a projector file in another type beside the original; what was there before stays.
 
@@ -159,7 +208,9 @@ def _is_matrix(info: TensorInfo) -> bool:
 
 
 def _new_tensors(source: GgufFile, type: str) -> "list[NewTensor]":
-    from lookonce.gguf_rewrite import GgmlType, NewTensor
+    from gguf import GGMLQuantizationType as GgmlType
+
+    from lookonce.gguf_rewrite import NewTensor
     from lookonce.gguf_type import converter_type
 
     tensors = []
@@ -179,7 +230,9 @@ def _refuse_another(target: Path, original: Path, sha256: str, type: str) -> Non
     except ModelFileError:
         same = False
     if not same:
-        raise InputError(f"{target} exists and was not retyped from {original.name} as it is: move it away, or delete it")
+        raise InputError(
+            f"{target} exists and was not retyped from {original.name} as it is: move it away, or delete it"
+        )
 
 
 def _refuse_full_disk(target: Path, size_bytes: int) -> None:
