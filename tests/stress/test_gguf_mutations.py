@@ -74,6 +74,7 @@ def run(loader: Loader, pairs: list[Pair], folder: Path, cases: int) -> Counter[
     layouts = {path: read_layout(path) for pair in copies for path in pair}
     assert all(loader.load(*pair)["outcome"] == "loaded" for pair in copies)  # type: ignore[misc]
     counts: Counter[str] = Counter()
+    bad: list[str] = []
     slowest = peak = 0.0
     for number in range(cases):
         draw = random.Random(number)
@@ -83,14 +84,14 @@ def run(loader: Loader, pairs: list[Pair], folder: Path, cases: int) -> Counter[
             found = loader.load(pair[0], pair[1])
         outcome, case = found["outcome"], f"case {number}, {kind} in {path.name}"
         slowest, peak = max(slowest, found["seconds"]), max(peak, found["peak_bytes"])
-        assert outcome == "loaded" or outcome.startswith("ModelFileError"), f"{case}: {outcome}"
-        assert found["seconds"] < HANG_S, f"{case} took {found['seconds']:.1f} s: {outcome}"
-        assert "\n" not in outcome, case
+        if outcome.startswith(("DIED", "HUNG", "FOREIGN")) or found["seconds"] >= HANG_S or "\n" in outcome:
+            bad.append(f"{case}, {found['seconds']:.1f} s: {outcome}")
         where = "in the trial" if "trial" in outcome else "by the header"
         counts["loaded" if outcome == "loaded" else f"refused {where}"] += 1
         if where == "in the trial":
             logger.info("%s: %s", case, outcome)
     logger.info("%d cases: %s; slowest %.2f s, peak %.0f MB", cases, dict(counts), slowest, peak / 1e6)
+    assert not bad
     assert peak < MOST_BYTES
     assert all(loader.load(*pair)["outcome"] == "loaded" for pair in copies)  # type: ignore[misc]
     return counts
