@@ -79,8 +79,9 @@ def test_a_model_that_llama_cpp_dies_of_is_refused_in_one_sentence_with_its_last
 
 def test_without_the_trial_the_process_itself_would_have_died(deadly: Path) -> None:
     code = (
-        "import lookonce, sys; model = lookonce.load(sys.argv[1], store=False, trial=False, threads=1); "
-        "lookonce.Embedder(model, prompt='plain').embed_text('t1')"
+        "import lookonce, sys; from lookonce.native.text import Context; "
+        "engine = lookonce.load(sys.argv[1], store=False, trial=False, threads=1).engine; "
+        "Context(engine.text, engine.options)"
     )
     ended = subprocess.run([sys.executable, "-c", code, str(deadly)], check=False, capture_output=True)
     assert ended.returncode < 0
