@@ -30,7 +30,7 @@ class Loader:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
-    def load(self, text: Path) -> dict[str, Any]:
+    def load(self, text: Path, projector: Path | None = None) -> dict[str, Any]:
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("load_worker.py"))],
@@ -41,7 +41,7 @@ class Loader:
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"model": str(text)}) + "\n")
+        self.process.stdin.write(json.dumps({"model": str(text), "mmproj": projector and str(projector)}) + "\n")
         self.process.stdin.flush()
         ready, _, _ = select.select([self.process.stdout], [], [], 60)
         line = self.process.stdout.readline() if ready else ""
@@ -68,22 +68,22 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
 
 def run(loader: Loader, models: list[tuple[Path, ...]], folder: Path, cases: int) -> Counter[str]:
     """Damage the files of copied models in turn, load them, and count what came of it by kind of outcome."""
-    places = []  # each file of each model: its model's text file, its own copy, its layout
+    places = []  # each file of each model: all its model's files, itself, its layout
     for number, model in enumerate(models):
         (folder / str(number)).mkdir()
         copies = [Path(shutil.copy(path, folder / str(number) / path.name)) for path in model]
-        places += [(copies[0], copy, read_layout(copy)) for copy in copies]
-    assert [loader.load(text)["outcome"] for text, _, _ in places] == ["loaded"] * len(places)
+        places += [(copies, copy, read_layout(copy)) for copy in copies]
+    assert [loader.load(*files)["outcome"] for files, _, _ in places] == ["loaded"] * len(places)
     counts: Counter[str] = Counter()
     bad: list[str] = []
     slowest = peak = 0.0
     for number in range(cases):
-        text, path, layout = places[number % len(places)]
+        files, path, layout = places[number % len(places)]
         kind = KINDS[number // len(places) % len(KINDS)]
         with mutated(path, layout, kind, random.Random(number)):
-            found = loader.load(text)
+            found = loader.load(*files)
             if found["seconds"] >= HANG_S:  # what a busy machine delays does not come late twice
-                found = loader.load(text)
+                found = loader.load(*files)
         outcome, seconds, case = found["outcome"], found["seconds"], f"case {number}, {kind} in {path.name}"
         slowest, peak = max(slowest, seconds), max(peak, found["peak_bytes"])
         if outcome.startswith(("DIED", "HUNG", "FOREIGN")) or seconds >= HANG_S or "\n" in outcome:
@@ -95,7 +95,7 @@ def run(loader: Loader, models: list[tuple[Path, ...]], folder: Path, cases: int
     logger.info("%d cases: %s; slowest %.2f s, peak %.0f MB", cases, dict(counts), slowest, peak / 1e6)
     assert not bad
     assert peak < MOST_BYTES
-    assert [loader.load(text)["outcome"] for text, _, _ in places] == ["loaded"] * len(places)
+    assert [loader.load(*files)["outcome"] for files, _, _ in places] == ["loaded"] * len(places)
     return counts
 
 
