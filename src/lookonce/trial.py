@@ -13,6 +13,7 @@ import hashlib
 import json
 import logging
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -49,6 +50,7 @@ _BYTES_A_SECOND: Final = 20e6  # of a slow network disk
 _SMALL_PICTURES: Final = ("qwen3vl", "qwen2.5vl", "qwen2vl")  # families that take them; others size them up themselves
 _SIDE: Final = 64  # pixels: four tokens
 _CELLS: Final = 64
+_SOURCE_FOLDER: Final = re.compile(r"(?:/[^/\s:]+)+/(?=[^/\s:]+:\d+:)")  # of whoever compiled the library
 
 
 def try_model(files: ModelFiles, store: Store | None) -> None:
@@ -142,7 +144,8 @@ def _stage(output: bytes | None, text: Path) -> str:
 def _last_words(errors: bytes) -> str:
     lines = [line.strip() for line in errors.decode("utf-8", "replace").splitlines() if line.strip()]
     telling = [line for line in lines if "ASSERT" in line or "what():" in line]
-    return (telling or lines or ["it said nothing"])[-1][:300]
+    said = (telling or lines or ["it said nothing"])[-1]
+    return _SOURCE_FOLDER.sub("", said)[:300]
 
 
 def run_child(given: dict[str, Any]) -> None:

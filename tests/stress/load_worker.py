@@ -13,7 +13,7 @@ def main() -> None:
         given = json.loads(line)
         started = time.monotonic()
         try:
-            lookonce.load(given["model"], mmproj=given["mmproj"], store=False, threads=1, n_ctx=256).close()
+            lookonce.load(given["model"], mmproj=given["mmproj"], store=False, threads=1).close()
             outcome = "loaded"
         except lookonce.LookonceError as error:
             outcome = f"{type(error).__name__}: {error}"

@@ -4,6 +4,7 @@ import json
 import logging
 import random
 import select
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -13,6 +14,8 @@ from typing import Any
 
 import pytest
 from gguf_mutator import KINDS, mutated, read_layout
+
+import gguf_maker as maker
 
 logger = logging.getLogger(__name__)
 
@@ -27,7 +30,7 @@ class Loader:
     def __init__(self) -> None:
         self.process: subprocess.Popen[str] | None = None
 
-    def load(self, text: Path, projector: Path) -> dict[str, Any]:
+    def load(self, text: Path, projector: Path | None = None) -> dict[str, Any]:
         if self.process is None:
             self.process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("load_worker.py"))],
@@ -38,7 +41,7 @@ class Loader:
             )
         assert self.process.stdin is not None
         assert self.process.stdout is not None
-        self.process.stdin.write(json.dumps({"model": str(text), "mmproj": str(projector)}) + "\n")
+        self.process.stdin.write(json.dumps({"model": str(text), "mmproj": projector and str(projector)}) + "\n")
         self.process.stdin.flush()
         ready, _, _ = select.select([self.process.stdout], [], [], 60)
         line = self.process.stdout.readline() if ready else ""
@@ -63,50 +66,56 @@ def loader(monkeypatch: pytest.MonkeyPatch) -> Iterator[Loader]:
     loader.close()
 
 
-def run(loader: Loader, pairs: list[Pair], folder: Path, cases: int) -> Counter[str]:
-    """Damage the files of copied pairs in turn, load them, and count what came of it by kind of outcome."""
-    copies = []
-    for number, pair in enumerate(pairs):
+def run(loader: Loader, models: list[tuple[Path, ...]], folder: Path, cases: int) -> Counter[str]:
+    """Damage the files of copied models in turn, load them, and count what came of it by kind of outcome."""
+    places = []  # each file of each model: all its model's files, itself, its layout
+    for number, model in enumerate(models):
         (folder / str(number)).mkdir()
-        copies.append([folder / str(number) / path.name for path in pair])
-        for source, copy in zip(pair, copies[-1], strict=True):
-            copy.write_bytes(source.read_bytes())
-    layouts = {path: read_layout(path) for pair in copies for path in pair}
-    assert all(loader.load(*pair)["outcome"] == "loaded" for pair in copies)  # type: ignore[misc]
+        copies = [Path(shutil.copy(path, folder / str(number) / path.name)) for path in model]
+        places += [(copies, copy, read_layout(copy)) for copy in copies]
+    assert [loader.load(*files)["outcome"] for files, _, _ in places] == ["loaded"] * len(places)
     counts: Counter[str] = Counter()
+    bad: list[str] = []
     slowest = peak = 0.0
     for number in range(cases):
-        draw = random.Random(number)
-        pair, kind = copies[number % len(copies)], KINDS[number // (2 * len(copies)) % len(KINDS)]
-        path = pair[number // len(copies) % 2]
-        with mutated(path, layouts[path], kind, draw):
-            found = loader.load(pair[0], pair[1])
-        outcome, case = found["outcome"], f"case {number}, {kind} in {path.name}"
-        slowest, peak = max(slowest, found["seconds"]), max(peak, found["peak_bytes"])
-        assert outcome == "loaded" or outcome.startswith("ModelFileError"), f"{case}: {outcome}"
-        assert found["seconds"] < HANG_S, f"{case} took {found['seconds']:.1f} s: {outcome}"
-        assert "\n" not in outcome, case
-        where = "in the trial" if "trial" in outcome else "by the header"
-        counts["loaded" if outcome == "loaded" else f"refused {where}"] += 1
-        if where == "in the trial":
+        files, path, layout = places[number % len(places)]
+        kind = KINDS[number // len(places) % len(KINDS)]
+        with mutated(path, layout, kind, random.Random(number)):
+            found = loader.load(*files)
+            if found["seconds"] >= HANG_S:  # what a busy machine delays does not come late twice
+                found = loader.load(*files)
+        outcome, seconds, case = found["outcome"], found["seconds"], f"case {number}, {kind} in {path.name}"
+        slowest, peak = max(slowest, seconds), max(peak, found["peak_bytes"])
+        if outcome.startswith(("DIED", "HUNG", "FOREIGN")) or seconds >= HANG_S or "\n" in outcome:
+            bad.append(f"{case}, {seconds:.1f} s: {outcome}")
+        died = "llama.cpp died" in outcome
+        if died:
             logger.info("%s: %s", case, outcome)
+        counts["loaded" if outcome == "loaded" else "refused, the trial died" if died else "refused"] += 1
     logger.info("%d cases: %s; slowest %.2f s, peak %.0f MB", cases, dict(counts), slowest, peak / 1e6)
+    assert not bad
     assert peak < MOST_BYTES
-    assert all(loader.load(*pair)["outcome"] == "loaded" for pair in copies)  # type: ignore[misc]
+    assert [loader.load(*files)["outcome"] for files, _, _ in places] == ["loaded"] * len(places)
     return counts
 
 
+@pytest.fixture
+def models(tiny_pair: Pair, tiny_pair_25: Pair, tmp_path: Path) -> list[tuple[Path, ...]]:
+    """Two pairs whose architectures are checked through and through, and a text model of one that is not."""
+    return [tiny_pair, tiny_pair_25, (maker.write_text(tmp_path / "other.gguf", "qwen3"),)]
+
+
 def test_sixty_damaged_files_load_or_are_refused(
-    loader: Loader, tiny_pair: Pair, tiny_pair_25: Pair, tmp_path: Path
+    loader: Loader, models: list[tuple[Path, ...]], tmp_path: Path
 ) -> None:
-    counts = run(loader, [tiny_pair, tiny_pair_25], tmp_path, 60)
-    assert counts["refused by the header"] > 20
+    assert run(loader, models, tmp_path, 60)["refused"] > 20
 
 
 @pytest.mark.stress
 def test_two_thousand_damaged_files_load_or_are_refused(
-    loader: Loader, tiny_pair: Pair, tiny_pair_25: Pair, tmp_path: Path
+    loader: Loader, models: list[tuple[Path, ...]], tmp_path: Path
 ) -> None:
-    counts = run(loader, [tiny_pair, tiny_pair_25], tmp_path, 2000)
-    assert counts["refused by the header"] > 500
+    counts = run(loader, models, tmp_path, 2000)
+    assert counts["refused"] > 500
     assert counts["loaded"] > 50
+    assert counts["refused, the trial died"] > 0
