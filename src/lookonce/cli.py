@@ -171,6 +171,14 @@ def ask(
         typer.Option("--image", "-i", metavar="IMAGE|SAVED", help="A picture or a saved look; may be repeated."),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
+    state: Annotated[
+        str,
+        typer.Option(
+            metavar="off|read|on",
+            help="Keep the evaluated pictures in the store, only use those kept, or neither. Default: on.",
+            rich_help_panel="Store",
+        ),
+    ] = "on",
     json_: JsonFlag = False,
 ) -> None:
     """Ask about pictures, saved looks, or nothing but text.
@@ -181,7 +189,7 @@ def ask(
     """
     options = sampling.options()
     question = _read_prompt() if prompt == "-" else prompt
-    with load.load() as model:
+    with load.load(state=state) as model:
         with status("Looking and reading"):
             stream = model.ask(
                 question,

@@ -14,6 +14,7 @@ from lookonce.errors import InputError
 from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, RowType
 from lookonce.native.text import KvType
+from lookonce.prefix_store import StateMode
 from lookonce.sampling import SamplingOptions
 from lookonce.store import Store
 
@@ -152,6 +153,7 @@ def load(
     kv_type: KvType = "f16",
     flash_attention: bool | None = None,
     store: Store | str | PathLike[str] | bool = True,
+    state: StateMode = "on",
 ) -> Model:
     """Load a text model, and find its projector; the projector itself is loaded when a picture first needs it.
 
@@ -163,13 +165,16 @@ def load(
     threads: None is the number of physical cores.
     kv_type: how keys and values are kept: `f16`, `f32` or `q8_0`.
     flash_attention: None lets llama.cpp choose.
-    store: where looks are kept: True is the user's own store, False none, or a folder, or a `Store`, which stays the
-        caller's to close.
+    store: where looks and states are kept: True is the user's own store, False none, or a folder, or a `Store`, which
+        stays the caller's to close.
+    state: what becomes of the evaluated beginnings of prompts, up to their last picture: `on` keeps them in the store,
+        29 MB for each 256 image tokens of a 2B model, and finds them there; `read` only finds them; with `off` none
+        outlives its turn.
 
     Raises ModelFileError for a missing, damaged or mismatched file and one that llama.cpp refuses, DeviceError for a
     device that the build lacks, InputError for another option.
     """
-    options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention)
+    options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention, state)
     files = find_files(model, mmproj)
     if isinstance(store, Store):
         return Model(Engine(files, options, store, owns_store=False))
