@@ -53,7 +53,7 @@ class Bench:
     def __init__(self, model: TextModel, n_ctx: int = 2048, count: int = 4, **options: Any) -> None:
         self.model = model
         self.context = Context(model, ContextOptions(n_ctx=n_ctx, threads=1, n_sequences=5, **options))
-        self.sequences = Sequences(self.context, count, KeptStates())
+        self.sequences = Sequences(self.context, count, KeptStates(n_ctx))
         self.conversations: list[_Conversation] = []  # alive, so that all that leaves the context is kept
 
     def prompt(self, *parts: Part) -> Prompt:

@@ -111,7 +111,6 @@ class Engine:
         self._sequences: Sequences | None = None
         self._template: ChatTemplate | None = None
         self._closed = False
-        self._kept = None if options.state == "off" else KeptStates()
         fingerprint = Fingerprint(files.text.path, store)  # before the file is read
         devices = choose_devices(options.device)
         started = time.perf_counter()
@@ -120,6 +119,7 @@ class Engine:
         logger.info("loaded %s in %.2f s", files.text.path, time.perf_counter() - started)
         self.options: Final = options.context_options(min(DEFAULT_CONTEXT, self.text.context_length))
         self.options.check_length(self.text)
+        self._kept = None if options.state == "off" else KeptStates(self.n_ctx)
         self._states: PrefixStore | None = None
         if store is not None and options.state != "off":
             facts = options.facts(self.options, devices)
@@ -248,7 +248,8 @@ class Engine:
     def _open_sequences(self) -> Sequences:
         context = self._open_context()
         if self._sequences is None:
-            self._sequences = Sequences(context, OVERLAPPING_TURNS, self._kept)
+            owes = self._states is not None and not self._states.reads_only
+            self._sequences = Sequences(context, OVERLAPPING_TURNS, self._kept, owes=owes)
         return self._sequences
 
     def _check_open(self) -> None:

@@ -26,10 +26,10 @@ class Fingerprint:
 
     def known(self) -> str | None:
         """The fingerprint where it takes no reading of the file. Raises what `value` raises."""
+        self.check_unchanged()
         if self._value is None and self._store is not None:
             found = self._store.recall("fingerprint", self._identity)
             if found is not None and _SHA256.fullmatch(found):
-                self.check_unchanged()
                 self._value = found
         return self._value
 

@@ -47,6 +47,17 @@ class Held:
         """The last place to cut."""
         return self.marks[-1]
 
+    @property
+    def repeatable(self) -> bool:
+        """Whether nothing of it was generated, so that evaluating the same prompt again gives the same bits."""
+        return not any(mark.generated for mark in self.marks)
+
+    def held_until(self, mark: Mark) -> "Held":
+        """What is held up to `mark`."""
+        held = Held()
+        held.take_over(self, mark)
+        return held
+
     def reusable(self, units: Sequence[Unit], cuts: Set[int]) -> Mark:
         """The last mark up to which `units` equal what is held, leaving at least one unit to evaluate.
 

@@ -30,23 +30,30 @@ class KeptState:
 
 
 class KeptStates:
-    """At most `limit_bytes` of states; the least recently used go first. The caller holds the model's lock.
+    """At most `limit_bytes` of states and `limit_cells` in them; the least recently used go first.
+
+    The caller holds the model's lock.
 
     They are kept as bytes, not in cells: what lies before a prompt's cells in the cache, even of another sequence,
     decides how the sums over them are rounded, so a conversation would depend on others that the context also holds.
     """
 
-    def __init__(self, limit_bytes: int = MEMORY_LIMIT_BYTES) -> None:
+    def __init__(self, limit_cells: int, limit_bytes: int = MEMORY_LIMIT_BYTES) -> None:
+        self.limit_cells: Final = limit_cells
         self.limit_bytes: Final = limit_bytes
         self._states: list[KeptState] = []  # the one used last at the end
 
     def add(self, state: KeptState) -> None:
-        """Keep a state, in place of those that it contains. One larger than the limit is kept until the next."""
+        """Keep a state, in place of those that it contains. One larger than the limits is kept until the next."""
         whole = state.held.units
         self._states = [one for one in self._states if one.held.units != whole[: len(one.held.units)]]
         self._states.append(state)
-        while len(self._states) > 1 and sum(one.state.nbytes for one in self._states) > self.limit_bytes:
+        while len(self._states) > 1 and self._is_over():
             del self._states[0]
+
+    def _is_over(self) -> bool:
+        n_bytes = sum(one.state.nbytes for one in self._states)
+        return n_bytes > self.limit_bytes or sum(one.held.n_cells for one in self._states) > self.limit_cells
 
     def best(self, units: Sequence[Unit], cuts: Set[int]) -> tuple[KeptState | None, Mark]:
         """The state of which the most can be reused for `units`, and up to where."""

@@ -132,14 +132,17 @@ class Sequences:
 
     The caller holds the model's lock in every method. A turn whose sequence another one took is restored or evaluated
     again when it goes on, so any number of turns may be under way; up to `count` of them without that cost. The
-    context has one sequence more than `count`. Without `kept`, nothing that leaves the context is kept.
+    context has one sequence more than `count`. Without `kept`, nothing that leaves the context is kept. With `owes`,
+    `take_owed` has to be called after each turn.
     """
 
-    def __init__(self, context: Context, count: int, kept: KeptStates | None = None) -> None:
+    def __init__(self, context: Context, count: int, kept: KeptStates | None = None, *, owes: bool = False) -> None:
         self._context = context
         self._slots = [_Slot(number=number) for number in range(count)]
         self._spare = count
         self._kept = kept
+        self._owes = owes
+        self._owed: list[KeptState] = []
         self._taken = 0
         self._clock = 0
 
@@ -331,7 +334,9 @@ class Sequences:
         if self._kept is None or not slot.sound:
             return
         if slot.owed is not None and slot.owed.n_units > mark.n_units:
-            self._keep(slot, slot.owed)
+            state = self._keep(slot, slot.owed)
+            if state is not None and self._owes and state.held.repeatable:
+                self._owed.append(state)
         turn = slot.turn
         if turn is None or not turn.wanted or slot.end.n_units <= mark.n_units:
             return
@@ -339,22 +344,25 @@ class Sequences:
         if not goes_on and slot.end.n_cells == slot.n_cells:
             self._keep(slot, slot.end)
 
-    def _keep(self, slot: _Slot, mark: Mark) -> None:
-        if self._kept is not None and (state := self._read(slot, mark)) is not None:
+    def _keep(self, slot: _Slot, mark: Mark) -> KeptState | None:
+        state = self._read(slot, mark)
+        if state is not None and self._kept is not None:
             self._kept.add(state)
+        return state
 
     def take_owed(self, turn: Turn | None = None) -> list[KeptState]:
-        """Read out the states up to the last picture of prompts that were evaluated here, `turn`'s or all."""
-        found = []
-        for slot in [slot for slot in self._slots if slot.sound]:
-            if slot.owed is None or not (turn is None or slot.turn is turn):
+        """The states up to the last picture of prompts that were evaluated here, `turn`'s or all.
+
+        Only those that another process would evaluate alike: not where a reply stands before the picture.
+        """
+        found, self._owed = self._owed, []
+        for slot in self._slots:
+            if slot.owed is None or not slot.sound or not (turn is None or slot.turn is turn):
                 continue
-            if any(mark.generated for mark in slot.marks if mark.n_units <= slot.owed.n_units):
-                continue  # a reply in it was evaluated token by token, which another process would not do
-            state = self._read(slot, slot.owed)
-            slot.owed = None
-            if state is not None:
-                found.append(state)
+            if slot.held_until(slot.owed).repeatable:
+                state = self._keep(slot, slot.owed)
+                slot.owed = None
+                found += [] if state is None else [state]
         return found
 
     def _owe(self, slot: _Slot, prompt: Prompt, reused: Mark) -> None:
@@ -376,8 +384,7 @@ class Sequences:
     def _read(self, slot: _Slot, mark: Mark) -> KeptState | None:
         """What a slot holds up to `mark`; None where the memory of this model cannot be read out so."""
         number = slot.number
-        held = Held()
-        held.take_over(slot, mark)
+        held = slot.held_until(mark)
         try:
             if mark.n_units < len(slot.units):
                 number = self._spare
