@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import lookonce
+import test_state_kills as stress
 from look_maker import make_look, make_picture
 from lookonce import engine, gguf_file, prefix_store
 from lookonce.chat import Chat
@@ -484,6 +485,10 @@ def test_a_process_may_end_at_once_and_its_state_is_kept(folder: Path, tmp_path:
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
     with Store(tmp_path / "store") as store:
         assert count(store) == 1
+
+
+def test_kills_leave_no_damaged_state_and_no_other_answer(folder: Path, tmp_path: Path) -> None:
+    stress.kill_askers(folder, tmp_path / "store", kills=4, seed=1)
 
 
 def test_several_threads_share_states_and_answer_as_one_alone(folder: Path, store: Store) -> None:

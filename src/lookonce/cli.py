@@ -224,7 +224,7 @@ app.command(epilog=EXTRACT_EPILOG)(extract)
 
 @store_app.callback(invoke_without_command=True)
 def store(context: typer.Context) -> None:
-    """See, check, shrink or empty the store of looks."""
+    """See, check, shrink or empty the store of looks and states."""
     if context.invoked_subcommand is None:
         write(context.get_help() + "\n")
 
@@ -256,7 +256,7 @@ def check(
     """Read every entry and report what is damaged.
 
     Status 1 where something is and --repair was not given. A damaged entry
-    is never used: its picture is looked at again.
+    is never used: its picture is looked at or evaluated again.
     """
     with open_store(store) as opened:
         report = opened.check(repair=repair)
@@ -293,7 +293,7 @@ def clear(
     store: StoreFolder = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete every look in the store. Looks saved as files of your own stay."""
+    """Delete every look and state in the store. Files of your own stay."""
     with open_store(store) as opened:
         if not yes:
             if not sys.stdin.isatty():
