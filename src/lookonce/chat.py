@@ -17,6 +17,7 @@ from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine
 from lookonce.errors import ClosedError, PromptError
 from lookonce.images import PictureSource
+from lookonce.kept_state import Origin
 from lookonce.looker import LookOptions, PendingLook
 from lookonce.prompt import Message, Prompt, name_looks, place_looks
 from lookonce.sampling import Sampling, SamplingOptions
@@ -30,13 +31,15 @@ Images = Sequence[PictureSource | ImageEmbedding]
 class Usage:
     """What a reply took of the context, in cells: text tokens, image rows and generated tokens.
 
-    `reused` of the prompt's were still in the context and were not evaluated again.
+    `reused` of the prompt's were not evaluated again: `prefix` says whether they were still in memory or came from the
+    store.
     """
 
     text_tokens: int
     image_rows: int
     generated: int
     reused: int
+    prefix: Origin = "evaluated"
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class _Asked:
     looked: float
     looks: tuple[ImageEmbedding, ...]
     answered: Callable[[str], None]
+    conversation: "weakref.ref[Chat]"
 
 
 class ReplyStream(Iterator[str]):
@@ -94,10 +98,11 @@ class ReplyStream(Iterator[str]):
     """
 
     _open = False
+    _settled = False
 
     def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling, asked: _Asked) -> None:
         self._engine = engine
-        self._turn = Turn(prompt)
+        self._turn = Turn(prompt, asked.conversation)
         self._sampling = sampling
         self._asked = asked
         self._sampler: Final = engine.sampler(sampling, prompt)
@@ -118,7 +123,14 @@ class ReplyStream(Iterator[str]):
                 raise
             if piece:
                 return piece
+        self._settle()
         raise StopIteration
+
+    def _settle(self) -> None:
+        # Not in drop(), which the garbage collector may call while this thread holds the engine's lock.
+        if not self._settled:
+            self._settled = True
+            self._engine.settle(self._turn)
 
     def _is_closed(self) -> bool:
         return not self._open
@@ -169,7 +181,9 @@ class ReplyStream(Iterator[str]):
         return Reply(
             text=self._text.given,
             finish_reason=self._finish,
-            usage=Usage(prompt.n_tokens, prompt.n_rows, self._turn.n_drawn, self._turn.reused_cells),
+            usage=Usage(
+                *(prompt.n_tokens, prompt.n_rows, self._turn.n_drawn, self._turn.reused_cells), self._turn.origin
+            ),
             timings=Timings(
                 look_s=self._asked.looked - self._asked.started,
                 prefill_s=self._first - self._asked.looked,
@@ -181,13 +195,17 @@ class ReplyStream(Iterator[str]):
 
     def close(self) -> None:
         """Stop generating; the turn counts as far as it came, if it began. May be called twice."""
+        self._stop()
+        self._settle()
+
+    def _stop(self) -> None:
         if self._open:
             self.drop()
             if self._token is not None:
                 self._asked.answered(self._text.given)
 
     def __del__(self) -> None:
-        self.close()
+        self._stop()
 
     def __enter__(self) -> Self:
         return self
@@ -310,7 +328,8 @@ class Chat:
 
         whole = self._engine.prompt(messages)
         refuse_overflow(whole.n_tokens, whole.n_rows, self._engine.n_ctx)
-        stream_ = ReplyStream(self._engine, whole, sampling, _Asked(started, looked, _looks_in(messages), answered))
+        asked = _Asked(started, looked, _looks_in(messages), answered, weakref.ref(self))
+        stream_ = ReplyStream(self._engine, whole, sampling, asked)
         if stream:
             self._under_way = weakref.ref(stream_)
             return stream_

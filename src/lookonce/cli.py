@@ -174,6 +174,14 @@ def ask(
         typer.Option("--image", "-i", metavar="IMAGE|SAVED", help="A picture or a saved look; may be repeated."),
     ] = None,
     system: Annotated[str | None, typer.Option(metavar="TEXT", help="What the model is told first.")] = None,
+    state: Annotated[
+        str,
+        typer.Option(
+            metavar="off|read|on",
+            help="Keep the evaluated pictures in the store, only use those kept, or neither. Default: on.",
+            rich_help_panel="Store",
+        ),
+    ] = "on",
     json_: JsonFlag = False,
 ) -> None:
     """Ask about pictures, saved looks, or nothing but text.
@@ -184,7 +192,7 @@ def ask(
     """
     options = sampling.options()
     question = _read_prompt() if prompt == "-" else prompt
-    with load.load() as model:
+    with load.load(state=state) as model:
         with status("Looking and reading"):
             stream = model.ask(
                 question,
@@ -220,7 +228,7 @@ app.command("pull", epilog=PULL_EPILOG)(pull_model)
 
 @store_app.callback(invoke_without_command=True)
 def store(context: typer.Context) -> None:
-    """See, check, shrink or empty the store of looks."""
+    """See, check, shrink or empty the store of looks and states."""
     if context.invoked_subcommand is None:
         write(context.get_help() + "\n")
 
@@ -252,7 +260,7 @@ def check(
     """Read every entry and report what is damaged.
 
     Status 1 where something is and --repair was not given. A damaged entry
-    is never used: its picture is looked at again.
+    is never used: its picture is looked at or evaluated again.
     """
     with open_store(store) as opened:
         report = opened.check(repair=repair)
@@ -289,7 +297,7 @@ def clear(
     store: StoreFolder = None,
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Delete every look in the store. Looks saved as files of your own stay."""
+    """Delete every look and state in the store. Files of your own stay."""
     with open_store(store) as opened:
         if not yes:
             if not sys.stdin.isatty():

@@ -169,8 +169,8 @@ class ModelOptions:
         typer.Option("--no-store", help="Neither read nor keep looks in a store.", rich_help_panel=_STORE),
     ] = False
 
-    def load(self, *, store: "Store | Path | bool | None" = None) -> "Model":
-        """Load the model; `store` replaces what the options say about the store.
+    def load(self, *, store: "Store | Path | bool | None" = None, state: str = "on") -> "Model":
+        """Load the model; `store` replaces what the options say about the store, `state` is what `ask` says.
 
         Raises InputError where no model was given, and what `lookonce.load` raises.
         """
@@ -185,6 +185,7 @@ class ModelOptions:
         with status(f"Loading {self.model}"):
             from lookonce.model import load
             from lookonce.native.text import KvType
+            from lookonce.prefix_store import StateMode
 
             return load(
                 self.model,
@@ -197,6 +198,7 @@ class ModelOptions:
                 kv_type=cast(KvType, self.kv_type),  # load refuses another with the list of them
                 flash_attention=True if self.flash_attention else False if self.no_flash_attention else None,
                 store=store,
+                state=cast(StateMode, state),  # here too
             )
 
 

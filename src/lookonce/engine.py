@@ -3,6 +3,7 @@
 The lock is held for native work only: a chat template or a picture's decoding runs without it.
 """
 
+import json
 import logging
 import threading
 import time
@@ -16,12 +17,15 @@ import psutil
 
 from lookonce.embedding import ImageEmbedding
 from lookonce.errors import ClosedError, DeviceError, InputError, NativeError
+from lookonce.fingerprint import Fingerprint
 from lookonce.images import PictureSource
+from lookonce.kept_state import KeptStates
 from lookonce.looker import Looker, LookOptions, PendingLook, Projector
 from lookonce.model_files import ModelFiles
-from lookonce.native.library import choose_devices
+from lookonce.native.library import Device, build, choose_devices
 from lookonce.native.sampler import Sampler, grammar_of
 from lookonce.native.text import Context, ContextOptions, KvType, TextModel
+from lookonce.prefix_store import STATE_MODES, PrefixStore, StateMode
 from lookonce.prompt import ChatTemplate, Message, Part, Prompt, assemble, count
 from lookonce.sampling import Sampling
 from lookonce.sequences import Sequences, Turn, refuse_overflow
@@ -31,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT: Final = 8192
 _LONGEST_CALL_S: Final = 60.0  # how long the end of the process waits for another thread's native call
-OVERLAPPING_TURNS: Final = 4  # streams that can be under way without taking each other's sequence
+OVERLAPPING_TURNS: Final = 32  # streams that can be under way without taking each other's sequence
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class LoadOptions:
     threads: int | None = None
     kv_type: KvType = "f16"
     flash_attention: bool | None = None
+    state: StateMode = "on"
 
     def __post_init__(self) -> None:
         if not isinstance(self.device, str):
@@ -53,6 +58,8 @@ class LoadOptions:
             raise InputError(f"n_gpu_layers is {layers!r}: give a whole number from 0")
         if self.flash_attention is not None and not isinstance(self.flash_attention, bool):
             raise InputError(f"flash_attention is {self.flash_attention!r}: give True, False or None")
+        if self.state not in STATE_MODES:
+            raise InputError(f"state is {self.state!r}: choose one of {', '.join(STATE_MODES)}")
         self.context_options(DEFAULT_CONTEXT)
 
     def context_options(self, n_ctx: int, *, n_outputs: int = 1) -> ContextOptions:
@@ -62,9 +69,26 @@ class LoadOptions:
             threads=physical_cores() if self.threads is None else self.threads,
             kv_type=self.kv_type,
             flash_attention=self.flash_attention,
-            n_sequences=OVERLAPPING_TURNS,
+            n_sequences=OVERLAPPING_TURNS + 1,  # states that are read out pass through the last
             n_outputs=n_outputs,
         )
+
+    def facts(self, context: ContextOptions, devices: Sequence[Device]) -> dict[str, str]:
+        """All that decides a bit of a state beside the model's content and the prompt.
+
+        Whether flash attention is on follows from these where llama.cpp chooses, as do the positions' scaling, which
+        is the model's own, and the one buffer of cells for all sequences, which is the library's. The number of
+        threads cuts some sums.
+        """
+        return {
+            **build(),
+            "kv_type": context.kv_type,
+            "flash_attention": str(context.flash_attention),
+            "batch_size": str(context.batch_size),
+            "threads": str(context.threads),
+            "devices": json.dumps([(device.name, device.description) for device in devices]),
+            "gpu_layers": str(self.n_gpu_layers) if devices else "0",
+        }
 
 
 def physical_cores() -> int:
@@ -87,6 +111,7 @@ class Engine:
         self._sequences: Sequences | None = None
         self._template: ChatTemplate | None = None
         self._closed = False
+        fingerprint = Fingerprint(files.text, store)  # before the file is read
         devices = choose_devices(options.device)
         started = time.perf_counter()
         self.name = files.text.name
@@ -96,7 +121,13 @@ class Engine:
         n_ctx = DEFAULT_CONTEXT if files.card is None else files.card.n_ctx or DEFAULT_CONTEXT
         self.options: Final = options.context_options(min(n_ctx, self.text.context_length))
         self.options.check_length(self.text)
-        self._end = weakref.finalize(self, _free_all, self.lock, self.text, self._owned_store)
+        self._kept = None if options.state == "off" else KeptStates(self.n_ctx)
+        self._states: PrefixStore | None = None
+        if store is not None and options.state != "off":
+            facts = options.facts(self.options, devices)
+            reads_only = options.state == "read"
+            self._states = PrefixStore(store, fingerprint, facts, self.batch_size, reads_only=reads_only)
+        self._end = weakref.finalize(self, _free_all, self.lock, self.text, self._states, self._owned_store)
         self.looker: Final = Looker(
             self.text,
             files.text,
@@ -170,6 +201,7 @@ class Engine:
 
     def first_token(self, turn: Turn, sampler: Sampler) -> int:
         """Evaluate a turn's prompt and draw what follows."""
+        self._fetch(turn.prompt)
         with self.lock, self._sequences_reset_on_failure() as sequences:
             sequences.begin(turn)
             return sampler.sample(self._open_context())
@@ -179,6 +211,26 @@ class Engine:
         with self.lock, self._sequences_reset_on_failure() as sequences:
             sequences.extend(turn, token)
             return sampler.sample(self._open_context())
+
+    def _fetch(self, prompt: Prompt) -> None:
+        """Get the state of a prompt's beginning from the store, where that spares work."""
+        if self._states is None or self._kept is None or not prompt.picture_ends:
+            return
+        with self.lock:
+            reusable = self._open_sequences().reusable_units(prompt)
+        state = self._states.fetch(prompt, beyond=reusable)
+        if state is not None:
+            with self.lock:
+                self._kept.add(state)
+
+    def settle(self, turn: Turn) -> None:
+        """Once a turn's answer is out: keep in the store what was evaluated for it and is not there."""
+        if self._states is None or self._states.reads_only:
+            return
+        with self.lock:
+            owed = [] if self._closed or self._sequences is None else self._sequences.take_owed(turn)
+        for state in owed:
+            self._states.keep(state)
 
     @contextmanager
     def _sequences_reset_on_failure(self) -> Iterator[Sequences]:
@@ -198,7 +250,8 @@ class Engine:
     def _open_sequences(self) -> Sequences:
         context = self._open_context()
         if self._sequences is None:
-            self._sequences = Sequences(context, self.options.n_sequences)
+            owes = self._states is not None and not self._states.reads_only
+            self._sequences = Sequences(context, OVERLAPPING_TURNS, self._kept, owes=owes)
         return self._sequences
 
     def _check_open(self) -> None:
@@ -206,17 +259,22 @@ class Engine:
             raise ClosedError(f"the model {self.name!r} is closed: load it again")
 
     def close(self) -> None:
-        """Free context, tower and text model, in this order; may be called twice."""
+        """Free context, tower and text model, in this order, and write what is to be kept; may be called twice."""
         with self.lock:
+            writes = not self._closed and self._states is not None and not self._states.reads_only
+            owed = self._sequences.take_owed() if writes and self._sequences is not None else []
             self._closed = True
             self.looker.close()
             if self._context is not None:
                 self._context.close()
             self.text.close()
+        for state in owed:
+            if self._states is not None:
+                self._states.keep(state)
         self._end()
 
 
-def _free_all(lock: threading.Lock, text: TextModel, store: Store | None) -> None:
+def _free_all(lock: threading.Lock, text: TextModel, states: PrefixStore | None, store: Store | None) -> None:
     """Free what was not closed, when the engine is forgotten or the process ends, where a thread may be at work."""
     if lock.acquire(timeout=_LONGEST_CALL_S):
         try:
@@ -225,5 +283,7 @@ def _free_all(lock: threading.Lock, text: TextModel, store: Store | None) -> Non
             lock.release()
     else:
         text.native.abandon()
+    if states is not None:
+        states.close()
     if store is not None:
         store.close()

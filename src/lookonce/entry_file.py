@@ -1,20 +1,24 @@
 """One entry of the store as a file: a header that says whose payload follows, and the payload.
 
 Knows nothing about the index or the limit. A file is believed only after its header, its length and its
-SHA-256 agree with its name, so whatever befalls a disk shows as `EntryDamage` and never as another payload.
+checksum agree with its name, so whatever befalls a disk shows as `EntryDamage` and never as another payload.
 
 The header is 256 bytes: magic (8), kind (16, NUL-padded), key (32), payload length (8, little-endian),
-payload's SHA-256 (32), label (128, UTF-8, NUL-padded) and the SHA-256 of the 224 bytes so far.
+payload's BLAKE3 (32), label (128, UTF-8, NUL-padded) and the SHA-256 of the 224 bytes so far. BLAKE3 because a state
+is tens of megabytes and is verified before each use: of 29 MB it takes 6 ms, SHA-256 21 ms on a CPU that has
+instructions for it, and three times that on one that has not.
 """
 
 import hashlib
 import os
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
+
+from blake3 import blake3
 
 from lookonce.durable import Data
 from lookonce.errors import InputError
@@ -31,7 +35,7 @@ __all__ = [
 
 HEADER_BYTES = 256
 
-_MAGIC = b"LOOKSTO1"
+_MAGIC = b"LOOKSTO2"
 _HEADER = struct.Struct("<8s16s32sQ32s128s")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,15}")
@@ -62,11 +66,14 @@ class EntryName:
         return objects / self.key[:2] / self.key[2:4] / str(self)
 
 
-def make_header(name: EntryName, payload: Data, label: str) -> bytes:
-    """Give the 256 bytes that go before `payload`; a long label is cut."""
+def make_header(name: EntryName, parts: Sequence[Data], label: str) -> bytes:
+    """Give the 256 bytes that go before the payload, which is all `parts`; a long label is cut."""
     short = label.encode(errors="replace")[:128].decode(errors="ignore").encode()
-    digest = hashlib.sha256(payload).digest()
-    head = _HEADER.pack(_MAGIC, name.kind.encode(), bytes.fromhex(name.key), len(payload), digest, short)
+    digest = blake3()
+    for part in parts:
+        digest.update(part)
+    length = sum(memoryview(part).nbytes for part in parts)
+    head = _HEADER.pack(_MAGIC, name.kind.encode(), bytes.fromhex(name.key), length, digest.digest(), short)
     return head + hashlib.sha256(head).digest()
 
 
@@ -78,8 +85,8 @@ def read_payload(path: Path, name: EntryName) -> bytes:
         if os.fstat(file.fileno()).st_size != HEADER_BYTES + length:
             raise EntryDamage("its length is wrong")
         payload = file.read(length)
-    if len(payload) != length or hashlib.sha256(payload).digest() != digest:
-        raise EntryDamage("its SHA-256 is wrong")
+    if len(payload) != length or blake3(payload).digest() != digest:
+        raise EntryDamage("its checksum is wrong")
     return payload
 
 

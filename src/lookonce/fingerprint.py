@@ -17,13 +17,54 @@ from lookonce.gguf_cursor import open_file
 from lookonce.gguf_file import GgufFile
 from lookonce.store import Store
 
-__all__ = ["fingerprint_of", "hash_files", "identity", "known_fingerprint", "recall", "remember_fingerprint"]
+__all__ = [
+    "Fingerprint",
+    "fingerprint_of",
+    "hash_files",
+    "identity",
+    "known_fingerprint",
+    "recall",
+    "remember_fingerprint",
+]
 
 _KIND: Final = "fingerprint"
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 # A file changed this lately could change again within its clock's resolution; clocks that tell no fractions are coarse.
 _SETTLED_S: Final = 0.1
 _SETTLED_COARSE_S: Final = 2.0
+
+
+class Fingerprint:
+    """The fingerprint of the files as they stand when this is made; `path` is the first of them."""
+
+    def __init__(self, file: GgufFile | Path, store: Store | None) -> None:
+        self.path: Final = _paths(file)[0]
+        self._file = file
+        self._store = store
+        self._identity = identity(_paths(file))
+        self._value: str | None = None
+
+    def known(self) -> str | None:
+        """The fingerprint where it takes no reading of the files. Raises what `value` raises."""
+        self.check_unchanged()
+        if self._value is None:
+            self._value = known_fingerprint(self._file, self._store)
+        return self._value
+
+    def value(self) -> str:
+        """The fingerprint; the first time it takes a second for each gigabyte or two.
+
+        Raises ModelFileError where the files are no longer what they were.
+        """
+        if self._value is None:
+            self._value = fingerprint_of(self._file, self._store)
+        self.check_unchanged()
+        return self._value
+
+    def check_unchanged(self) -> None:
+        """Raise ModelFileError where the files are no longer what they were."""
+        if self._identity != identity(_paths(self._file)):
+            raise ModelFileError(f"{self.path} was changed while the model was loaded: load the model again")
 
 
 def fingerprint_of(file: GgufFile | Path, store: Store | None) -> str:

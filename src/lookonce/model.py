@@ -16,6 +16,7 @@ from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, RowType
 from lookonce.model_files import ModelFiles, find_files
 from lookonce.native.text import KvType
+from lookonce.prefix_store import StateMode
 from lookonce.sampling import SamplingOptions
 from lookonce.store import Store
 from lookonce.trial import try_model
@@ -161,6 +162,7 @@ def load(
     kv_type: KvType = "f16",
     flash_attention: bool | None = None,
     store: Store | str | PathLike[str] | bool = True,
+    state: StateMode = "on",
     download: bool = False,
     trial: bool | None = None,
 ) -> Model:
@@ -180,8 +182,11 @@ def load(
     threads: None is the number of physical cores.
     kv_type: how keys and values are kept: `f16`, `f32` or `q8_0`.
     flash_attention: None lets llama.cpp choose.
-    store: where looks are kept: True is the user's own store, False none, or a folder, or a `Store`, which stays the
-        caller's to close.
+    store: where looks and states are kept: True is the user's own store, False none, or a folder, or a `Store`, which
+        stays the caller's to close.
+    state: what becomes of the evaluated beginnings of prompts, up to their last picture: `on` keeps them in the store,
+        29 MB for each 256 image tokens of a 2B model, and finds them there; `read` only finds them; with `off` none
+        outlives its turn.
     download: fetch a card's files where they are not on this disk.
     trial: load files that no card vouches for in a child process first, once for each content and version of the native
         library, so that one which llama.cpp dies of costs an error and not this process. None is True, or what
@@ -190,7 +195,7 @@ def load(
     Raises ModelFileError for a missing, damaged or mismatched file and one that llama.cpp refuses, DeviceError for a
     device that the build lacks, InputError for another option.
     """
-    options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention)
+    options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention, state)
     own = None if isinstance(store, Store) else _open_store(store)
     used = store if isinstance(store, Store) else own
     kind = mmproj_type or os.environ.get("LOOKONCE_MMPROJ_TYPE") or None

@@ -119,7 +119,7 @@ def _same_bytes(one: NDArray[Any], other: NDArray[Any]) -> bool:
     return one.dtype == other.dtype and np.array_equal(one.view(np.uint8), other.view(np.uint8))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prompt:
     """A whole prompt, ready to be evaluated."""
 
@@ -134,6 +134,21 @@ class Prompt:
     def n_rows(self) -> int:
         """Number of image rows."""
         return sum(run.n_cells for run in self.runs if isinstance(run, RowRun))
+
+    @cached_property
+    def picture_ends(self) -> tuple[int, ...]:
+        """The places, in units, that follow the last row of each picture."""
+        ends: list[int] = []
+        offset = 0
+        before: RowRun | None = None
+        for run in self.runs:
+            offset += len(run.tokens) if isinstance(run, TokenRun) else 1
+            if isinstance(run, RowRun):
+                if before is not None and run.look is before.look and run.start == before.stop:
+                    ends.pop()  # another part of the same picture
+                ends.append(offset)
+                before = run
+        return tuple(ends)
 
     def units(self) -> Iterator[Unit]:
         """What the prompt consists of, to be compared with another's: each token, each run of rows."""

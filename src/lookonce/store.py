@@ -26,7 +26,7 @@ from typing import TypeVar
 import platformdirs
 
 from lookonce import store_index
-from lookonce.durable import make_folder, sync_folder, write_temporary
+from lookonce.durable import Data, make_folder, sync_folder, write_temporary
 from lookonce.entry_file import (
     HEADER_BYTES,
     EntryDamage,
@@ -103,7 +103,7 @@ class Store:
                 index.close()
 
     def get(self, key: str, kind: str) -> bytes | None:
-        """Give a payload, verified by its length and SHA-256, or None; waits for nobody."""
+        """Give a payload, verified by its length and checksum, or None; waits for nobody."""
         name = self._name(key, kind)
         try:
             payload = read_payload(name.path(self._objects), name)
@@ -116,13 +116,14 @@ class Store:
         self._record_use()
         return payload
 
-    def put(self, key: str, kind: str, payload: bytes | memoryview, *, label: str = "") -> bool:
+    def put(self, key: str, kind: str, payload: Data | tuple[Data, ...], *, label: str = "") -> bool:
         """Keep a payload, evicting what was used least recently; True once no kill or power cut can lose it.
 
-        False, with one warning in the log, where it could not be kept.
+        False, with one warning in the log, where it could not be kept. A tuple is one payload in parts.
         """
         name = self._name(key, kind)
-        size_bytes = HEADER_BYTES + memoryview(payload).nbytes
+        parts = payload if isinstance(payload, tuple) else (payload,)
+        size_bytes = HEADER_BYTES + sum(memoryview(part).nbytes for part in parts)
         if size_bytes > self.limit_bytes:
             _logger.warning(
                 "entry %s was not kept: its %d bytes are more than the limit of %d of the store %s",
@@ -135,8 +136,8 @@ class Store:
             # Folders are never removed, so they can be made before it is this writer's turn.
             make_folder(self._temporary, root=self.folder)
             make_folder(name.path(self._objects).parent, root=self.folder)
-            header = make_header(name, payload, label)
-            temporary = write_temporary(self._temporary, [header, payload])
+            header = make_header(name, parts, label)
+            temporary = write_temporary(self._temporary, [header, *parts])
             try:
                 self._place(temporary, name, size_bytes, label)
             finally:

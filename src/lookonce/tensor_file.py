@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lookonce.errors import SavedLookError
 
-__all__ = ["DTYPE_NAMES", "MAX_HEADER_BYTES", "Array", "array_bytes", "compact_json", "pack", "unpack"]
+__all__ = ["DTYPE_NAMES", "MAX_HEADER_BYTES", "Array", "array_bytes", "compact_json", "head", "pack", "unpack"]
 
 MAX_HEADER_BYTES = 1 << 20
 
@@ -25,6 +25,7 @@ DTYPE_NAMES: dict[np.dtype[Any], str] = {
     np.dtype(np.float16): "F16",
     np.dtype(np.float32): "F32",
     np.dtype(np.int32): "I32",
+    np.dtype(np.uint8): "U8",
 }
 _DTYPES = {name: dtype.newbyteorder("<") for dtype, name in DTYPE_NAMES.items()}
 _MAX_NUMBER = 1 << 48
@@ -44,6 +45,11 @@ def array_bytes(array: Array) -> bytes | memoryview:
 
 def pack(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> bytes:
     """Give the file; equal contents give equal bytes."""
+    return b"".join([head(metadata, tensors), *map(array_bytes, tensors.values())])
+
+
+def head(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> bytes:
+    """Give the beginning of the file, after which the tensors' bytes follow in order."""
     layout: dict[str, Any] = {"__metadata__": dict(metadata)}
     start = 0
     for name, tensor in tensors.items():
@@ -61,7 +67,7 @@ def pack(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> bytes:
             f"the look's text and names take {len(header):,} bytes, and a saved look holds at most "
             f"{MAX_HEADER_BYTES:,}: shorten the text saved beside it"
         )
-    return b"".join([len(header).to_bytes(8, "little"), header, *map(array_bytes, tensors.values())])
+    return len(header).to_bytes(8, "little") + header
 
 
 def unpack(

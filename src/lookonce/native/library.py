@@ -238,6 +238,14 @@ def versions() -> dict[str, str]:
     }
 
 
+_commit = _declare("ggml_commit", ctypes.c_char_p)
+
+
+def build() -> dict[str, str]:
+    """What tells one build of the native library from another: a state is believed by the one that made it alone."""
+    return {**versions(), "ggml": _commit().decode(errors="replace"), "features": system_info()}
+
+
 def system_info() -> str:
     """The CPU features that the native build uses, in llama.cpp's words."""
     return str(llama.llama_print_system_info().decode())

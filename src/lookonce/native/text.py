@@ -403,10 +403,18 @@ class Context:
         """Empty every sequence and its cells: a value that is no number would reach others even when masked."""
         llama.llama_memory_clear(self._live_memory(), True)
 
-    def copy(self, source: int, target: int) -> None:
-        """Let sequence `target` hold all that `source` holds; the cells are shared until one of them goes on."""
+    def copy(self, source: int, target: int, *, stop: int = -1) -> None:
+        """Let sequence `target` hold what `source` holds before position `stop`, or all of it.
+
+        The cells are shared until one of them goes on. A recurrent model's memory is copied whole in any case.
+        """
         self._check_sequences(source, target)
-        llama.llama_memory_seq_cp(self._live_memory(), source, target, -1, -1)
+        llama.llama_memory_seq_cp(self._live_memory(), source, target, -1, stop)
+
+    def checked_sequence(self, number: int) -> int:
+        """The number, if the context has a sequence of it. Raises InputError where not."""
+        self._check_sequences(number)
+        return number
 
     def _check_sequences(self, *numbers: int) -> None:
         _checked("sequences", np.asarray(numbers), len(numbers), self._n_sequences)
