@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lookonce.byte_size import format_size, parse_size
+from lookonce.cli_bench import BENCH_EPILOG, bench
 from lookonce.cli_models import models_app
 from lookonce.cli_option import (
     MODEL_HINT,
@@ -221,6 +222,7 @@ def _read_prompt() -> str:
         raise InputError("the prompt on stdin is not UTF-8: give it as UTF-8 text") from error
 
 
+app.command(epilog=BENCH_EPILOG)(bench)
 app.command(epilog=EMBED_EPILOG)(embed)
 app.command(epilog=EXTRACT_EPILOG)(extract)
 app.command("pull", epilog=PULL_EPILOG)(pull_model)

@@ -182,6 +182,11 @@ class Engine:
             return self._template
 
     @property
+    def states(self) -> PrefixStore | None:
+        """Where states are kept; None where they are not."""
+        return self._states
+
+    @property
     def n_ctx(self) -> int:
         """Cells of the context."""
         return self.options.n_ctx

@@ -1,5 +1,6 @@
 """Both files of a model of random weights, made in a folder or found there again."""
 
+import math
 import os
 from pathlib import Path
 from typing import Final
@@ -10,7 +11,7 @@ from lookonce.synthetic.shape import FAMILIES, Shape, find_shape
 from lookonce.synthetic.vocabulary import Vocabulary, build_vocabulary
 from lookonce.synthetic.weight import Weights
 
-__all__ = ["TEXT_TYPES", "find_pair", "make_pair", "make_weights"]
+__all__ = ["TEXT_TYPES", "find_pair", "make_pair", "make_weights", "needed_bytes"]
 
 TEXT_TYPES: Final = (*FILE_TYPES, "Q4_K_M")
 
@@ -67,6 +68,14 @@ def make_pair(
     else:
         write_text(text, sizes, weights, vocabulary, type=type, name=name)
     return text, projector
+
+
+def needed_bytes(*, family: str = "qwen3vl", shape: str = "tiny") -> int:
+    """About how much disk a pair in Q4_K_M and F16 takes while it is made: the text model is F16 on the way."""
+    weights = Weights(find_shape(family, shape), seed=0)
+    n_vision = sum(math.prod(weights.shape_of(key)) for key in weights if key.startswith("model.visual."))
+    n_text = sum(math.prod(weights.shape_of(key)) for key in weights) - n_vision
+    return n_vision * 2 + n_text * 2 + n_text * 5 // 8
 
 
 def _paths(folder: Path, family: str, shape: str, seed: int, types: tuple[str, str]) -> tuple[Path, Path]:
