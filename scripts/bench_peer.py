@@ -5,7 +5,6 @@ shape in BF16. All are given the same token ids.
 """
 
 import json
-import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +15,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PEERS", "Job", "Measured", "work"]
+from lookonce.peak_memory import peak_bytes
+
+__all__ = ["PEERS", "Job", "Measured", "make_inputs", "make_pictures", "make_reference", "work"]
 
 _PADDED_TOKENS = 2048  # of one transformers batch, padding included: more was not faster, and takes memory
 
@@ -48,8 +49,7 @@ class Measured:
 def work(job: Job) -> Measured:
     """Do a job in this process."""
     seconds, python_seconds = PEERS[job.peer](job)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return Measured(seconds, python_seconds, peak)
+    return Measured(seconds, python_seconds, peak_bytes())
 
 
 def make_pictures(sizes: Sequence[tuple[int, int]]) -> list[NDArray[np.uint8]]:
@@ -156,7 +156,7 @@ def _transformers(job: Job) -> tuple[float, float]:
     import torch
 
     torch.set_num_threads(job.threads)
-    model = _make_reference(job.shape)
+    model = make_reference(job.shape)
     pictures = make_pictures(job.pictures)
     with torch.inference_mode():
         model(input_ids=torch.ones((1, 8), dtype=torch.long))
@@ -171,7 +171,7 @@ def _transformers(job: Job) -> tuple[float, float]:
             last = states[torch.arange(len(batch)), mask.sum(1) - 1].float()
             vectors = torch.nn.functional.normalize(last, dim=-1).numpy()
         for picture in pictures:
-            states = model(**_picture_inputs(picture), use_cache=False).last_hidden_state
+            states = model(**make_inputs(picture), use_cache=False).last_hidden_state
             vectors = torch.nn.functional.normalize(states[:, -1].float(), dim=-1).numpy()
         seconds = time.perf_counter() - started
     if not np.isfinite(vectors).all():
@@ -189,8 +189,8 @@ def _padded_batches(prompts: Sequence[list[int]]) -> list[list[list[int]]]:
     return batches
 
 
-def _make_reference(name: str) -> Any:
-    """A Qwen3-VL of transformers, in BF16, with random weights."""
+def make_reference(name: str, *, head: bool = False) -> Any:
+    """A Qwen3-VL of transformers, in BF16, with random weights; with `head` one that generates."""
     import torch
     import transformers
 
@@ -225,14 +225,17 @@ def _make_reference(name: str) -> Any:
             "num_position_embeddings": vision.n_positions,
             "deepstack_visual_indexes": list(vision.deepstack),
         },
+        tie_word_embeddings=text.tied,
         image_token_id=1,
         vision_start_token_id=2,
         vision_end_token_id=3,
     )
     with torch.device("meta"):
-        model = transformers.AutoModel.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        kind = transformers.AutoModelForImageTextToText if head else transformers.AutoModel
+        model = kind.from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     # Buffers hold frequencies: those are made in earnest, on the layers alone.
     model = model.to_empty(device="cpu").eval()
+    model.tie_weights()
     for parameter in model.parameters():
         parameter.data.uniform_(-0.03, 0.03)
     _make_buffers(model)
@@ -253,21 +256,23 @@ def _make_buffers(model: Any) -> None:
             module.register_buffer(name, buffer, persistent=False)
 
 
-def _picture_inputs(picture: NDArray[np.uint8]) -> dict[str, Any]:
-    """A picture as the processor gives it, in the embedding prompt's frame of 33 tokens."""
+def make_inputs(
+    picture: NDArray[np.uint8], *, before: int = 28, after: int = 5, pixels: tuple[int, int] = (4096, 1_843_200)
+) -> dict[str, Any]:
+    """A picture as the processor gives it, between tokens: as many as the embedding prompt has, unless told."""
     import torch
     from PIL import Image
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(
-        size={"shortest_edge": 4096, "longest_edge": 1_843_200},
+        size={"shortest_edge": pixels[0], "longest_edge": pixels[1]},
         patch_size=16,
         image_mean=[0.5] * 3,
         image_std=[0.5] * 3,
     )
     made = processor(Image.fromarray(picture), return_tensors="pt")
     rows = int(made["image_grid_thw"].prod()) // 4
-    ids = torch.tensor([[*range(10, 38), 2, *[1] * rows, 3, *range(40, 45)]])
+    ids = torch.tensor([[*range(10, 10 + before), 2, *[1] * rows, 3, *range(10, 10 + after)]])
     return {
         "input_ids": ids,
         "attention_mask": torch.ones_like(ids),

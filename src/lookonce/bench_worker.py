@@ -13,7 +13,6 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 import numpy as np
-import psutil
 
 from lookonce.chat import Reply
 from lookonce.errors import InputError, LookonceError
@@ -21,11 +20,12 @@ from lookonce.kept_state import KeptState
 from lookonce.model import Model, load
 from lookonce.native.cache import write_state
 from lookonce.native.text import Context, ContextOptions
+from lookonce.peak_memory import peak_bytes
 from lookonce.prefix_store import StateMode
 from lookonce.prompt import Message, Prompt, TokenRun
 from lookonce.sampling import Sampling
 
-__all__ = ["MEASURES", "Job", "peak_bytes", "work"]
+__all__ = ["MEASURES", "Job", "work"]
 
 _WARM_UP: Final = "Hello."
 _FILLER: Final = "The picture of the circle and the square is in the system. "
@@ -55,16 +55,6 @@ def work(job: Job) -> dict[str, Any]:
     """Measure in this process. Raises what `lookonce.load` and `Model.ask` raise."""
     found = MEASURES[job.measure](job)
     return {**found, "peak_bytes": peak_bytes()}
-
-
-def peak_bytes() -> int:
-    """The most memory that this process has held, resident."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    import resource
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def _load(job: Job, state: StateMode) -> tuple[Model, float]:
@@ -239,12 +229,23 @@ def _restore_times(model: Model, job: Job) -> dict[str, Any]:
     return {"read_s": read_s, "restore_s": restore_s, "state_bytes": kept.state.nbytes}
 
 
+def _look(job: Job) -> dict[str, Any]:
+    """The tower alone."""
+    model, load_s = _load(job, "off")
+    with model:
+        model.look(np.zeros((64, 64, 3), dtype=np.uint8))
+        started = time.perf_counter()
+        look = model.look(job.picture, min_pixels=job.min_pixels, max_pixels=job.max_pixels)
+        return {"load_s": load_s, "look_s": time.perf_counter() - started, "image_rows": look.n_rows}
+
+
 MEASURES: Final[dict[str, Callable[[Job], dict[str, Any]]]] = {
     "cold": _cold,
     "rows": _rows,
     "state": _state,
     "text": _text,
     "generation": _generation,
+    "look": _look,
 }
 
 
