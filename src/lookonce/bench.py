@@ -179,13 +179,14 @@ def run_bench(
     return found
 
 
-def run_worker(module: str, job: Mapping[str, Any], python: str = sys.executable) -> dict[str, Any]:
+def run_worker(module: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """Run a module in a process of its own with a job on its stdin, and give the JSON of its last line.
 
     Raises InputError or LookonceError for what it says went wrong, NativeError where it dies.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [python, "-W", "ignore", "-m", module]
+    environment.pop("LOOKONCE_STORE_LIMIT", None)  # what is measured has to be kept
+    command = [sys.executable, "-W", "ignore", "-m", module]
     done = subprocess.run(  # noqa: S603  this program itself
         command, input=json.dumps(job, default=str), capture_output=True, text=True, env=environment, check=False
     )
