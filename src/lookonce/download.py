@@ -96,7 +96,9 @@ def pull(
     if card.folder is not None and not card.huggingface and not card.modelscope:
         return PulledFiles(*(_beside(card, card.folder, file) for file in wanted))
     hubs = _choose_hubs(card, source)
-    work = _Pull(card, hubs, None if folder is None else Path(folder).expanduser(), progress or (lambda _: None))
+    work = _Pull(
+        card, hubs, None if folder is None else Path(folder).expanduser().absolute(), progress or (lambda _: None)
+    )
     return PulledFiles(*work.run(wanted))
 
 
