@@ -1,11 +1,26 @@
 """What several test modules share: model pairs made on the spot, once a session."""
 
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _apart(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep the tests away from the user's own store, cards and models, and from a child process for every model."""
+    folder = tmp_path_factory.mktemp("apart")
+    with pytest.MonkeyPatch.context() as patch:
+        for name in [name for name in os.environ if name.startswith(("LOOKONCE_", "HF_", "MODELSCOPE_"))]:
+            patch.delenv(name)
+        patch.setenv("LOOKONCE_TRIAL", "0")
+        for name in ("LOOKONCE_STORE", "XDG_CONFIG_HOME", "XDG_DATA_HOME", "HF_HOME", "MODELSCOPE_CACHE"):
+            patch.setenv(name, str(folder / name))
+        yield
 
 
 def _make_pair(folder: Path, family: str) -> tuple[Path, Path]:

@@ -16,6 +16,7 @@ from gguf import GGUFReader
 from PIL import Image
 
 import lookonce
+from card_maker import write_card
 from look_maker import make_look, make_picture
 from lookonce.embedder import Embedder
 from lookonce.errors import ClosedError, ContextError, InputError, MismatchError, NativeError, PictureError
@@ -397,7 +398,7 @@ def test_pictures_that_do_not_fit_are_refused_before_the_tower_runs(own: Model, 
 
 BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "pooling": ({"pooling": "median"}, "pooling is 'median': choose one of mean, last, cls, max"),
-    "no pooling": ({"pooling": None}, "pooling is None"),
+    "no pooling": ({"pooling": ""}, "pooling is ''"),
     "layer too high": ({"layer": 4}, "layer is 4: .* has layers 0 to 3, or -1 to -4"),
     "layer too low": ({"layer": -5}, "layer is -5"),
     "layer that is no number": ({"layer": "last"}, "layer is 'last'"),
@@ -625,3 +626,31 @@ def test_a_call_that_is_broken_off_leaves_the_next_ones_right(model: Model, monk
 
 def test_the_name_is_the_models(model: Model, embedder: Embedder) -> None:
     assert embedder.model_name == model.name
+
+
+# --- a card's options
+
+
+def test_a_cards_options_hold_where_none_are_given(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS", str(tmp_path / "own.toml"))
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(tiny_pair[0].parent))
+    write_card(tmp_path / "own.toml", *tiny_pair, pooling="mean", instruction="Find its like.", prompt="plain")
+    with lookonce.load("tiny", n_ctx=256, **EXACT) as model, Embedder(model) as from_card:
+        given = Embedder(model, pooling="mean", instruction="Find its like.", prompt="plain")
+        other = Embedder(model, pooling="max", instruction="Another.", prompt="chat")
+        assert np.array_equal(from_card.embed_text("a cat"), given.embed_text("a cat"))
+        assert not np.array_equal(from_card.embed_text("a cat"), other.embed_text("a cat"))
+
+
+def test_a_cards_instruction_does_not_go_with_another_prompt(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS", str(tmp_path / "own.toml"))
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(tiny_pair[0].parent))
+    write_card(tmp_path / "own.toml", *tiny_pair, instruction="Find its like.", prompt="chat")
+    with lookonce.load("tiny", n_ctx=256, **EXACT) as model:
+        (with_card,) = Embedder(model, prompt="plain").prompts(["a cat"])
+        (told,) = Embedder(model, prompt="plain", instruction="Find its like.").prompts(["a cat"])
+        assert with_card.n_tokens < told.n_tokens

@@ -73,6 +73,7 @@ def test_another_architecture_passes_with_what_every_model_has(tmp_path: Path) -
         "general.architecture": (T.STRING, "gemma9"),
         "gemma9.block_count": u32(3),
         "gemma9.embedding_length": u32(8),
+        "gemma9.context_length": u32(512),
         "tokenizer.ggml.model": (T.STRING, "llama"),
         "tokenizer.ggml.tokens": array(T.STRING, ["a", "b"]),
     }

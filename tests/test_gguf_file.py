@@ -1,6 +1,5 @@
 """Reading GGUF headers: what is sound, each kind of damage, and random damage."""
 
-import hashlib
 import os
 import random
 import struct
@@ -343,16 +342,6 @@ def test_a_part_that_was_renamed_or_miscounted_is_refused(tmp_path: Path) -> Non
     for path in paths:
         path.write_bytes(path.read_bytes().replace(struct.pack("<Ii", 5, 3), struct.pack("<Ii", 5, 9)))
     assert "3 tensors where 9 are due" in refusal(paths[0])
-
-
-def test_the_fingerprint_is_the_sha256_of_the_content_of_all_parts(tmp_path: Path) -> None:
-    (tmp_path / "a.gguf").write_bytes(os.urandom(1000) * 9000)
-    assert gguf_file.fingerprint(tmp_path / "a.gguf") == hashlib.sha256((tmp_path / "a.gguf").read_bytes()).hexdigest()
-    paths = split(tmp_path)
-    content = b"".join(path.read_bytes() for path in paths)
-    assert gguf_file.fingerprint(paths[0]) == hashlib.sha256(content).hexdigest()
-    with pytest.raises(ModelFileError, match="does not exist"):
-        gguf_file.fingerprint(tmp_path / "b.gguf")
 
 
 def test_two_thousand_random_damages_each_end_in_a_file_or_a_refusal(tmp_path: Path) -> None:

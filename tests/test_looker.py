@@ -5,7 +5,8 @@ import logging
 import os
 import shutil
 import sqlite3
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from PIL import Image
 
 import lookonce
 from look_maker import make_look, make_picture
-from lookonce import gguf_file
+from lookonce import fingerprint, gguf_file
 from lookonce.embedding import ImageEmbedding
 from lookonce.errors import ContextError, InputError, MismatchError, ModelFileError, NativeError
 from lookonce.images import QWEN2_VL, QWEN3_VL
@@ -258,19 +259,20 @@ def test_the_projectors_fingerprint_is_remembered_for_the_unchanged_file_alone(
 ) -> None:
     load().look(photo)
     read: list[Path] = []
-    real = gguf_file.fingerprint
+    real = fingerprint.hash_files
 
-    def fingerprint(path: Path) -> str:
-        read.append(path)
-        return real(path)
+    def hash_files(paths: Sequence[Path]) -> str:
+        read.extend(paths)
+        return real(paths)
 
-    monkeypatch.setattr(gguf_file, "fingerprint", fingerprint)
+    monkeypatch.setattr(fingerprint, "hash_files", hash_files)
     assert load().look(photo).source == "store"
     assert read == []
     os.utime(folder / "mmproj.gguf", (1e9, 1e9 + 1))
     assert load().look(photo).source == "store"
     assert read == [folder / "mmproj.gguf"]
-    os.utime(folder / "mmproj.gguf")
+    now = int(time.time()) + 1  # a clock that tells no fractions
+    os.utime(folder / "mmproj.gguf", (now, now))
     for _ in range(2):
         assert load().look(photo).source == "store"
     assert len(read) == 3
@@ -464,4 +466,4 @@ def test_what_cannot_be_kept_is_answered_all_the_same(
 
 def test_the_families_rules_are_the_references(tiny_pair: Pair, tiny_pair_25: Pair) -> None:
     for pair, rule in ((tiny_pair, QWEN3_VL), (tiny_pair_25, QWEN2_VL)):
-        assert Projector(gguf_file.read(pair[1]), None).rule == rule
+        assert Projector(gguf_file.read(pair[1]), None, None).rule == rule

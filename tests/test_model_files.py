@@ -6,8 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from lookonce.errors import ModelFileError
-from lookonce.model_files import find_files
+import gguf_maker as maker
+import lookonce
+from card_maker import write_card
+from gguf_maker import T
+from look_maker import make_picture
+from lookonce.cards import ModelCard, find_card
+from lookonce.errors import InputError, ModelFileError
+from lookonce.model_files import find_files, locate_card, pull_command
 
 Pair = tuple[Path, Path]
 
@@ -152,3 +158,225 @@ def test_the_later_parts_of_a_split_model_are_not_read_by_themselves(
 def test_a_home_folders_tilde_is_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(folder.parent))
     assert find_files(f"~/{folder.name}", f"~/{folder.name}/two.gguf").chosen
+
+
+# --- which of several projectors
+
+
+def name_keys(**names: str) -> maker.Keys:
+    return {f"general.{key}": (T.STRING, value) for key, value in names.items()}
+
+
+def test_of_several_that_fit_the_one_of_the_models_own_name_is_taken(tmp_path: Path) -> None:
+    maker.write_text(tmp_path / "a.gguf", keys=name_keys(name="Qwen3 VL 2B Instruct"))
+    maker.write_projector(tmp_path / "a-mmproj.gguf", keys=name_keys(name="Qwen3 VL 2B Thinking"))
+    maker.write_projector(tmp_path / "b-mmproj.gguf", keys=name_keys(name="qwen3vl-2b-instruct"))
+    files = find_files(tmp_path / "a.gguf")
+    assert files.projector is not None
+    assert files.projector.path.name == "b-mmproj.gguf"
+
+
+def test_or_the_one_whose_name_has_the_same_parts(tmp_path: Path) -> None:
+    parts = {"basename": "Qwen3-VL", "size_label": "2B", "finetune": "Instruct"}
+    maker.write_text(tmp_path / "a.gguf", keys=name_keys(name="Model", **parts))
+    maker.write_projector(tmp_path / "x.gguf", keys=name_keys(name="Vision", **parts))
+    maker.write_projector(tmp_path / "y.gguf", keys=name_keys(name="Vision", **{**parts, "finetune": "Thinking"}))
+    files = find_files(tmp_path / "a.gguf")
+    assert files.projector is not None
+    assert files.projector.path.name == "x.gguf"
+
+
+def test_a_files_name_decides_nothing(tmp_path: Path) -> None:
+    maker.write_text(tmp_path / "same.gguf", keys={"general.name": ()})
+    for name in ("same-mmproj.gguf", "mmproj-same.gguf"):
+        maker.write_projector(tmp_path / name, keys={"general.name": ()})
+    missing = find_files(tmp_path / "same.gguf").missing
+    assert "several projector files fit same.gguf (mmproj-same.gguf, same-mmproj.gguf)" in missing
+
+
+def test_two_right_ones_are_refused_with_both_names_once_a_picture_needs_one(
+    folder: Path, tiny_pair: Pair, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    store = tmp_path_factory.mktemp("store")
+    with lookonce.load(folder, store=store, threads=1, n_ctx=512) as model:
+        look = model.look(make_picture(1))
+        answer = model.ask("What?", [look], temperature=0, max_tokens=4).text
+    shutil.copy(tiny_pair[1], folder / "three.gguf")
+    with lookonce.load(folder, store=store, threads=1, n_ctx=512) as model:
+        assert model.ask("What?", [look], temperature=0, max_tokens=4).text == answer
+        with pytest.raises(ModelFileError, match=r"several projector files fit one.gguf \(three.gguf, two.gguf\)"):
+            model.look(make_picture(1))
+
+
+def test_a_flat_folder_of_many_models_gives_each_its_own_projector(
+    tmp_path: Path, tiny_pair: Pair, tiny_pair_25: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stems = ("unsloth_Qwen3-VL-8B-Instruct-GGUF_", "ggml-org_Qwen2.5-VL-3B-Instruct-GGUF_")
+    for stem, pair in zip(stems, (tiny_pair, tiny_pair_25), strict=True):
+        shutil.copy(pair[0], tmp_path / f"{stem}text-Q4_K_M.gguf")
+        shutil.copy(pair[1], tmp_path / f"{stem}mmproj-F16.gguf")
+    maker.write_text(tmp_path / "other_text.gguf")
+    maker.write_projector(tmp_path / "other_mmproj.gguf")
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(tmp_path))
+    for stem in stems:
+        for named in (tmp_path / f"{stem}text-Q4_K_M.gguf", f"{stem}text-Q4_K_M.gguf"):
+            files = find_files(named)
+            assert files.projector is not None
+            assert files.projector.path == tmp_path / f"{stem}mmproj-F16.gguf"
+
+
+def test_a_split_model_finds_its_projector(tmp_path: Path) -> None:
+    tensors = maker.text_tensors()
+    half = len(tensors) // 2
+    for number, names in enumerate((list(tensors)[:half], list(tensors)[half:])):
+        keys = maker.text_keys() if number == 0 else {}
+        keys |= {"split.no": (T.UINT16, number), "split.count": (T.UINT16, 2)}
+        keys |= {"split.tensors.count": (T.INT32, len(tensors))}
+        part = {name: tensors[name] for name in names}
+        maker.write(tmp_path / f"m-{number + 1:05}-of-00002.gguf", keys, part)
+    maker.write_projector(tmp_path / "mmproj.gguf")
+    for named in (tmp_path, tmp_path / "m-00001-of-00002.gguf"):
+        files = find_files(named)
+        assert len(files.text.parts) == 2
+        assert files.projector is not None
+
+
+# --- cards
+
+
+@pytest.fixture
+def card(folder: Path, monkeypatch: pytest.MonkeyPatch) -> ModelCard:
+    """A card for the two files, in a folder of models."""
+    monkeypatch.setenv("LOOKONCE_MODELS", str(folder / "own.toml"))
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(folder))
+    return write_card(folder / "own.toml", folder / "one.gguf", folder / "two.gguf", pooling="mean", n_ctx=128)
+
+
+def test_a_cards_name_stands_for_its_files(card: ModelCard, folder: Path) -> None:
+    for name in ("tiny", "Tiny", "tiny:F32", "tiny:f32"):
+        files = find_files(name)
+        assert files.card == card
+        assert files.text.path == folder / "one.gguf"
+        assert files.projector is not None
+        assert files.projector.path == folder / "two.gguf"
+        assert not files.chosen
+
+
+def test_the_cards_projector_is_taken_among_others_that_fit(card: ModelCard, folder: Path, tiny_pair: Pair) -> None:
+    shutil.copy(tiny_pair[1], folder / "three.gguf")
+    files = find_files("tiny")
+    assert files.projector is not None
+    assert files.projector.path.name == "two.gguf"
+    named = find_files("tiny", folder / "three.gguf")
+    assert named.projector is not None
+    assert (named.projector.path.name, named.chosen, named.card) == ("three.gguf", True, card)
+
+
+def test_a_cards_other_projector_on_this_disk_will_do(card: ModelCard, folder: Path) -> None:
+    with (folder / "own.toml").open("a") as file:
+        file.write('F16 = { file = "other.gguf" }\n')
+    (folder / "two.gguf").rename(folder / "other.gguf")
+    files = find_files("tiny")
+    assert files.projector is not None
+    assert files.projector.path.name == "other.gguf"
+
+
+def test_a_card_that_is_not_on_this_disk_says_what_fetches_it_and_how_much(card: ModelCard, folder: Path) -> None:
+    size = (folder / "one.gguf").stat().st_size + (folder / "two.gguf").stat().st_size
+    (folder / "two.gguf").rename(folder / "away")
+    files = find_files("tiny")
+    assert files.projector is None
+    assert files.missing.startswith("the projector of tiny is not on this disk: `lookonce pull tiny` fetches them, ")
+    (folder / "one.gguf").unlink()
+    with pytest.raises(ModelFileError, match=r"the files of tiny are not on this disk: `lookonce pull tiny` fetches"):
+        find_files("tiny")
+    assert pull_command(card) == f"`lookonce pull tiny` fetches them, {size / 1e6:.1f} MB"
+    assert locate_card(card).text is None
+
+
+def test_the_sizes_that_are_known_are_told() -> None:
+    told = {
+        name: pull_command(found)
+        for name in ("qwen3-vl-2b-instruct", "qwen3-vl-embedding-8b")
+        if (found := find_card(name))
+    }
+    assert told["qwen3-vl-2b-instruct"] == "`lookonce pull qwen3-vl-2b-instruct` fetches them, 1.55 GB"
+    assert told["qwen3-vl-embedding-8b"].endswith("fetches them, more than 1.16 GB")
+    card = find_card("qwen3-vl-embedding-8b")
+    assert card is not None
+    assert pull_command(card, "Q8_0") == "`lookonce pull qwen3-vl-embedding-8b --quant Q8_0` fetches them, 9.21 GB"
+
+
+def test_a_quantization_that_the_card_has_not_is_refused(card: ModelCard) -> None:
+    with pytest.raises(InputError, match="tiny has no quantization 'Q9': choose one of F32"):
+        find_files("tiny:Q9")
+
+
+def test_what_is_missing_is_fetched_where_that_is_allowed(card: ModelCard, folder: Path) -> None:
+    asked: list[tuple[str, str | None]] = []
+
+    def fetch(wanted: ModelCard, quantization: str | None) -> None:
+        asked.append((wanted.name, quantization))
+        (folder / "away").rename(folder / "one.gguf")
+
+    assert find_files("tiny", fetch=fetch).projector is not None
+    assert asked == []
+    (folder / "one.gguf").rename(folder / "away")
+    assert find_files("tiny:F32", fetch=fetch).text.path.name == "one.gguf"
+    assert asked == [("tiny", "F32")]
+
+
+def test_a_file_that_a_card_publishes_has_the_card_by_its_name_and_size(card: ModelCard, folder: Path) -> None:
+    assert find_files(folder).card == card
+    assert find_files(folder / "one.gguf").card == card
+    shutil.copy(folder / "one.gguf", folder / "me_Tiny.GGUF_one.gguf")
+    assert find_files(folder / "me_Tiny.GGUF_one.gguf").card == card
+    shutil.copy(folder / "one.gguf", folder / "four.gguf")
+    assert find_files(folder / "four.gguf").card is None
+    with (folder / "one.gguf").open("ab") as file:
+        file.write(bytes(32))
+    assert find_files(folder / "one.gguf").card is None
+
+
+def test_a_folder_of_a_cards_name_is_given_as_a_path(
+    card: ModelCard, folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path_factory.mktemp("here"))
+    shutil.copytree(folder, "tiny")
+    assert find_files("tiny").text.path == folder / "one.gguf"
+    assert find_files("./tiny").text.path == Path("tiny/one.gguf")
+    assert find_files(Path("tiny")).text.path == Path("tiny/one.gguf")
+
+
+def test_a_card_with_a_folder_needs_no_hub(card: ModelCard, folder: Path) -> None:
+    (folder / "built").mkdir()
+    for name in ("one.gguf", "two.gguf"):
+        shutil.copy(folder / name, folder / "built" / name)
+    own = folder / "own.toml"
+    write_card(
+        own, folder / "one.gguf", folder / "two.gguf", name="inside", folder="built", huggingface=None, modelscope=None
+    )
+    assert find_files("inside").text.path == folder / "built" / "one.gguf"
+    (folder / "built" / "one.gguf").unlink()
+    with pytest.raises(ModelFileError, match=r"the files of inside are not in .*built: put them back"):
+        find_files("inside")
+
+
+def test_a_name_that_is_neither_card_nor_file_is_refused_with_the_cards() -> None:
+    with pytest.raises(ModelFileError, match=r"'qwen3-vl' does not exist: give .* or one of qwen3-vl-2b-instruct, "):
+        find_files("qwen3-vl")
+
+
+def test_a_cards_options_hold_where_none_are_given(card: ModelCard, folder: Path) -> None:
+    with lookonce.load("tiny", store=False, threads=1) as model:
+        assert model.card == card
+        assert model.n_ctx == 128
+    with lookonce.load("tiny", store=False, threads=1, n_ctx=64) as model:
+        assert model.n_ctx == 64
+    (folder / "own.toml").unlink()
+    write_card(folder / "own.toml", folder / "one.gguf", folder / "two.gguf", min_pixels=4096, max_pixels=8192)
+    with lookonce.load("tiny", store=False, threads=1) as model:
+        assert model.look(make_picture(1, 300, 200)).grid == (2, 3)
+        assert model.look(make_picture(1, 300, 200), max_pixels=20_000).n_rows > 6
+    with lookonce.load(folder / "one.gguf", mmproj=folder / "two.gguf", store=False, threads=1) as model:
+        assert model.card is not None

@@ -3,6 +3,7 @@
 Knows nothing of what lies on the disk (see `model_files`) nor of hubs (see `download`).
 """
 
+import difflib
 import os
 import re
 import sys
@@ -22,7 +23,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["CardFile", "ModelCard", "find_card", "read_cards", "user_file"]
+__all__ = ["CardFile", "ModelCard", "choose_card", "find_card", "read_cards", "user_file"]
 
 Prompt = Literal["chat", "plain"]
 _Files = Mapping[str, "CardFile"]
@@ -111,6 +112,16 @@ def read_cards() -> Mapping[str, ModelCard]:
 def find_card(name: str) -> ModelCard | None:
     """The card of that name in any case, or None. Raises what `read_cards` raises."""
     return read_cards().get(name.lower()) if _NAME.fullmatch(name.lower()) else None
+
+
+def choose_card(name: str) -> ModelCard:
+    """The card of that name. Raises InputError with the names that come near, and what `read_cards` raises."""
+    card = find_card(name)
+    if card is not None:
+        return card
+    names = list(read_cards())
+    near = difflib.get_close_matches(name.lower(), names, n=3) or names
+    raise InputError(f"{name!r} is no model's name: choose one of {', '.join(near)}")
 
 
 def _read_file(path: Path, *, folders: Path) -> dict[str, ModelCard]:

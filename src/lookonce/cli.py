@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from lookonce.byte_size import format_size, parse_size
+from lookonce.cli_models import models_app
 from lookonce.cli_option import (
     MODEL_HINT,
     JsonFlag,
@@ -47,6 +48,7 @@ app = typer.Typer(
 )
 store_app = typer.Typer(help="See, check, shrink or empty the store of looks.")
 app.add_typer(store_app, name="store")
+app.add_typer(models_app, name="models")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

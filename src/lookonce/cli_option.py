@@ -109,9 +109,9 @@ class ModelOptions:
     model: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|FOLDER",
+            metavar="NAME|FILE|FOLDER",
             envvar="LOOKONCE_MODEL",
-            help="The text model's .gguf file, or a folder that holds it.",
+            help="A card's name (see lookonce models list), the text model's .gguf file, or a folder that holds it.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -120,7 +120,7 @@ class ModelOptions:
         typer.Option(
             metavar="FILE",
             envvar="LOOKONCE_MMPROJ",
-            help="Its projector file. Default: the one beside the model that fits.",
+            help="Its projector file. Default: the card's, or the one beside the model that fits.",
             rich_help_panel=_MODEL,
         ),
     ] = None
@@ -166,7 +166,7 @@ class ModelOptions:
         Raises InputError where no model was given, and what `lookonce.load` raises.
         """
         if self.model is None:
-            raise InputError("no model was given: give --model FILE|FOLDER, or set LOOKONCE_MODEL")
+            raise InputError("no model was given: give --model NAME|FILE|FOLDER, or set LOOKONCE_MODEL")
         if self.no_store and self.store is not None:
             raise InputError("--store and --no-store were both given: give one of them")
         if self.flash_attention and self.no_flash_attention:
@@ -253,8 +253,13 @@ class VectorOptions:
     """What becomes a vector, and how."""
 
     pooling: Annotated[
-        str, typer.Option(metavar="KIND", help="last, mean, cls (the first) or max.", rich_help_panel=_VECTOR)
-    ] = "last"
+        str | None,
+        typer.Option(
+            metavar="KIND",
+            help="last, mean, cls (the first) or max. Default: the card's, else last.",
+            rich_help_panel=_VECTOR,
+        ),
+    ] = None
     layer: Annotated[
         int,
         typer.Option(metavar="N", help="Whose output is pooled: -1 is the last.", rich_help_panel=_VECTOR),
@@ -271,11 +276,13 @@ class VectorOptions:
         typer.Option(metavar="TEXT", help="The task. Default: Represent the user's input.", rich_help_panel=_VECTOR),
     ] = None
     prompt: Annotated[
-        str,
+        str | None,
         typer.Option(
-            metavar="KIND", help="chat: Qwen3-VL-Embedding's; plain: the input alone.", rich_help_panel=_VECTOR
+            metavar="KIND",
+            help="chat: Qwen3-VL-Embedding's; plain: the input alone. Default: the card's, else chat.",
+            rich_help_panel=_VECTOR,
         ),
-    ] = "chat"
+    ] = None
     no_normalize: Annotated[
         bool, typer.Option("--no-normalize", help="Do not divide by the L2 norm.", rich_help_panel=_VECTOR)
     ] = False
@@ -296,13 +303,14 @@ class VectorOptions:
 
         return Embedder(
             model,
-            pooling=cast("Pooling", self.pooling),  # the embedder refuses others with the list of them, here and below
+            # The embedder refuses others with the list of them, here and below.
+            pooling=cast("Pooling | None", self.pooling),
             layer=self.layer,
             tokens=cast("PooledTokens", self.tokens),
             normalize=not self.no_normalize,
             dimension=self.dimension,
             instruction=self.instruction,
-            prompt=cast("PromptStyle", self.prompt),
+            prompt=cast("PromptStyle | None", self.prompt),
             min_pixels=pixels.min_pixels,
             max_pixels=pixels.max_pixels,
             truncate=self.truncate,

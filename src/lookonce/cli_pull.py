@@ -3,7 +3,6 @@
 Loads no hub's client before it is run, and no native library at all.
 """
 
-import difflib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, cast
 
@@ -11,7 +10,6 @@ import typer
 
 from lookonce.byte_size import format_size
 from lookonce.cli_option import JsonFlag, gather
-from lookonce.errors import InputError
 from lookonce.terminal import byte_bars, write, write_error, write_json
 
 if TYPE_CHECKING:
@@ -62,9 +60,10 @@ def fetch(
     name: str, *, quant: str | None, projector_type: str | None, source: str, folder: Path | None, as_json: bool
 ) -> None:
     """Pull the files of the card of that name with bars on a terminal, and print where they are."""
+    from lookonce.cards import choose_card
     from lookonce.download import pull
 
-    card = _choose(name)
+    card = choose_card(name)
     with byte_bars() as move:
 
         def show(step: "PullStep") -> None:
@@ -87,17 +86,6 @@ def fetch(
 
 
 _DOING = {"fetching": "Fetching", "checking": "Checking", "waiting": "Another process fetches"}
-
-
-def _choose(name: str) -> "ModelCard":
-    from lookonce.cards import find_card, read_cards
-
-    card = find_card(name)
-    if card is not None:
-        return card
-    names = list(read_cards())
-    near = difflib.get_close_matches(name.lower(), names, n=3) or names
-    raise InputError(f"{name!r} is no model's name: choose one of {', '.join(near)}")
 
 
 def _facts(file: "PulledFile") -> dict[str, object]:

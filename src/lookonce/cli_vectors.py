@@ -9,11 +9,11 @@ import functools
 import importlib.metadata
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, cast
+from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
-from lookonce.cli_option import MODEL_HINT, JsonFlag, ModelOptions, PixelOptions, VectorOptions, gather
+from lookonce.cli_option import MODEL_HINT, JsonFlag, ModelOptions, PixelOptions, VectorOptions, gather, open_store
 from lookonce.errors import InputError
 from lookonce.terminal import bar, progress, status, write, write_json
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from lookonce.stages import Stages
 
 __all__ = ["EMBED_EPILOG", "EXTRACT_EPILOG", "embed", "extract"]
+
+_CARD_OPTIONS: Final = ("pooling", "instruction", "prompt", "min_pixels", "max_pixels", "n_ctx")
 
 EMBED_EPILOG = f"""[dim]lookonce embed "a cat" "a dog" -i cat.jpg --model model.gguf
 
@@ -137,17 +139,20 @@ class _Lines:
 
 def _dependencies(load: ModelOptions, pixels: PixelOptions, vectors: VectorOptions) -> dict[str, object]:
     """What vectors depend on, by the options' names. A thread more or less changes no more than rounding."""
-    from lookonce.gguf_file import fingerprint
+    from lookonce.fingerprint import fingerprint_of, hash_files
     from lookonce.model_files import find_files
 
-    with status("Reading the model's fingerprint"):
+    kept = contextlib.nullcontext() if load.no_store else open_store(load.store)
+    with status("Reading the model's fingerprint"), kept as store:
         files = find_files(cast(str, load.model), load.mmproj)
         facts: dict[str, object] = {
-            "model": fingerprint(files.text.path),
-            "mmproj": fingerprint(files.projector.path) if files.projector else None,
+            "model": fingerprint_of(files.text, store),
+            "mmproj": fingerprint_of(files.projector, store) if files.projector else None,
         }
     facts |= dataclasses.asdict(pixels) | dataclasses.asdict(vectors)
-    facts["pca"] = None if vectors.pca is None else fingerprint(vectors.pca)
+    if files.card is not None:
+        facts |= {f"card's {name}": getattr(files.card, name) for name in _CARD_OPTIONS}
+    facts["pca"] = None if vectors.pca is None else hash_files([vectors.pca])
     facts |= {name: getattr(load, name) for name in ("n_ctx", "kv_type", "flash_attention", "no_flash_attention")}
     return facts | {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
 

@@ -51,14 +51,15 @@ _ROWS_AT_ONCE: Final = 4096  # image rows in memory before they are evaluated: 6
 class Embedder:
     """Makes vectors with a loaded model. Safe to use from several threads.
 
-    pooling: which hidden state, or what of all, becomes the vector: `last`, `mean`, `cls` (the first) or `max`.
+    pooling: which hidden state, or what of all, becomes the vector: `last`, `mean`, `cls` (the first) or `max`; None is
+        what the model's card says, else `last`.
     layer: whose output is pooled: -1 is the last, after the final norm; others by number from 0 or from the end.
     tokens: what is pooled: `all`, `text` (all that is no image row) or `image` rows.
     normalize: divide each vector by its L2 norm.
     dimension: keep this many values of each vector (before the norm); None is the model's width.
-    instruction: what the model is told about the task; None is `Represent the user's input.`
+    instruction: what the model is told about the task; None is the card's, else `Represent the user's input.`
     prompt: `chat` is the prompt of Qwen3-VL-Embedding through the model's chat template, `plain` only the input, after
-        an instruction if one is given.
+        an instruction if one is given; None is the card's, else `chat`.
     min_pixels, max_pixels: as `Model.look` takes them.
     truncate: cut a text that does not fit the context, with a warning in the log, where otherwise it is an error.
     pca: a fitted scikit-learn PCA, or a file that `save_pca` wrote, applied before `dimension`.
@@ -74,19 +75,25 @@ class Embedder:
         self,
         model: Model,
         *,
-        pooling: Pooling = "last",
+        pooling: Pooling | None = None,
         layer: int = -1,
         tokens: PooledTokens = "all",
         normalize: bool = True,
         dimension: int | None = None,
         instruction: str | None = None,
-        prompt: PromptStyle = "chat",
+        prompt: PromptStyle | None = None,
         min_pixels: int | None = None,
         max_pixels: int | None = None,
         truncate: bool = False,
         pca: object | str | PathLike[str] | None = None,
     ) -> None:
         self._engine = model.engine
+        if (card := model.card) is not None:
+            if instruction is None and prompt in (None, card.prompt):  # it belongs to the card's prompt
+                instruction = card.instruction
+            pooling = card.pooling if pooling is None else pooling
+            prompt = card.prompt if prompt is None else prompt
+        pooling, prompt = "last" if pooling is None else pooling, "chat" if prompt is None else prompt
         self._pooling = check_pooling(pooling)
         layer_tensor(self._engine.text, layer)
         _check_choice("tokens", tokens, ("all", "text", "image"))

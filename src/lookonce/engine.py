@@ -90,15 +90,17 @@ class Engine:
         devices = choose_devices(options.device)
         started = time.perf_counter()
         self.name = files.text.name
+        self.card: Final = files.card
         self.text: Final = TextModel(files.text.path, devices=devices, gpu_layers=options.n_gpu_layers)
         logger.info("loaded %s in %.2f s", files.text.path, time.perf_counter() - started)
-        self.options: Final = options.context_options(min(DEFAULT_CONTEXT, self.text.context_length))
+        n_ctx = DEFAULT_CONTEXT if files.card is None else files.card.n_ctx or DEFAULT_CONTEXT
+        self.options: Final = options.context_options(min(n_ctx, self.text.context_length))
         self.options.check_length(self.text)
         self._end = weakref.finalize(self, _free_all, self.lock, self.text, self._owned_store)
         self.looker: Final = Looker(
             self.text,
             files.text,
-            Projector(files.projector, store) if files.projector else None,
+            Projector(files.projector, files.card, store) if files.projector else None,
             projector_chosen=files.chosen,
             missing=files.missing,
             store=store,

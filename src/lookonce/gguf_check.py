@@ -72,6 +72,7 @@ def check_text_model(gguf: GgufFile) -> None:
         kind = gguf.metadata.get("general.type", "file")
         raise wrong(gguf, f"is a {arch} {kind} without token_embd.weight, but a text model was expected")
     layers = integer(gguf, f"{arch}.block_count", 1, _MAX_LAYERS)
+    integer(gguf, f"{arch}.context_length", 1, 2**31 - 1)
     # load_hparams() asserts the next four of any architecture; llama-context.cpp aborts on another pooling.
     integer(gguf, f"{arch}.nextn_predict_layers", 0, layers, 0)
     scaling = gguf.metadata.get(f"{arch}.rope.scaling.type", "linear")

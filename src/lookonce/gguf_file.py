@@ -8,7 +8,6 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; where lla
 (ggml/src/gguf.cpp) is stricter than that page, this one is as strict.
 """
 
-import hashlib
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -20,7 +19,7 @@ from typing import TypeAlias
 from lookonce.errors import ModelFileError
 from lookonce.gguf_cursor import Cursor, open_file
 
-__all__ = ["ArrayInfo", "GgufFile", "TensorInfo", "Value", "fingerprint", "read", "strings"]
+__all__ = ["ArrayInfo", "GgufFile", "TensorInfo", "Value", "read", "strings"]
 
 Scalar: TypeAlias = "bool | int | float | str"
 
@@ -154,25 +153,6 @@ def strings(gguf: GgufFile, key: str) -> Iterator[bytes]:
         cursor = Cursor(file, gguf.path)
         cursor.seek(info.offset)
         yield from cursor.strings(info.length, _MAX_STRING_BYTES, key)
-
-
-def fingerprint(path: str | Path) -> str:
-    """Return the SHA-256 of a file's content in hexadecimal; of a split model, that of its parts in order.
-
-    Raises:
-        ModelFileError: the file cannot be read.
-    """
-    path = Path(path)
-    digest = hashlib.sha256()
-    match = _SPLIT_NAME.fullmatch(path.name)
-    for part in _siblings(path, int(match["count"])) if match else [path]:
-        with open_file(part) as file:
-            try:
-                while piece := file.read(8 << 20):
-                    digest.update(piece)
-            except OSError as error:
-                raise ModelFileError(f"{part} cannot be read ({error}): check the disk") from error
-    return digest.hexdigest()
 
 
 def _read_part(path: Path) -> GgufFile:

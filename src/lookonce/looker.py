@@ -6,7 +6,6 @@ Owns the projector's fingerprint and the lazily loaded tower. Knows nothing of p
 import hashlib
 import json
 import logging
-import re
 import threading
 import time
 from collections.abc import Collection, Mapping
@@ -19,9 +18,11 @@ import numpy as np
 import PIL
 from numpy.typing import NDArray
 
-from lookonce import gguf_check, gguf_file, images
+from lookonce import gguf_check, images
+from lookonce.cards import ModelCard
 from lookonce.embedding import FORMAT_VERSION, ImageEmbedding, RowSegment, to_stored_type
 from lookonce.errors import InputError, MismatchError, ModelFileError, NativeError, PictureError, SavedLookError
+from lookonce.fingerprint import fingerprint_of, identity
 from lookonce.gguf_file import GgufFile
 from lookonce.images import Picture, PictureSource, PixelRule
 from lookonce.native.library import Device, versions
@@ -65,46 +66,40 @@ class PendingLook:
 
 
 class Projector:
-    """One projector file: its header, its content's fingerprint, and how its family sizes pictures."""
+    """One projector file: its header, its content's fingerprint, and how its family and its card size pictures."""
 
-    def __init__(self, gguf: GgufFile, store: Store | None) -> None:
+    def __init__(self, gguf: GgufFile, card: ModelCard | None, store: Store | None) -> None:
         self.gguf = gguf
+        self._card = card
         self.path = gguf.path
         self._store = store
         self._fingerprint: str | None = None
-        self._identity = _file_identity(self.path)  # of the file whose header was checked
+        self._identity = identity(gguf.parts)  # of the file whose header was checked
 
     @property
     def rule(self) -> PixelRule | None:
-        """How the family's reference sizes pictures; None where only libmtmd knows."""
+        """How the reference sizes pictures, within the card's limits; None where only libmtmd knows."""
         rule = _RULES.get(gguf_check.family(self.gguf))
         if rule is None:
             return None
         patch, merge = (self.gguf.metadata.get(f"clip.vision.{key}") for key in ("patch_size", "spatial_merge_size"))
         factor = patch * merge if isinstance(patch, int) and isinstance(merge, int) else rule.factor
-        return replace(rule, factor=factor)
+        rule = replace(rule, factor=factor)
+        return rule if self._card is None else rule.limited(self._card.min_pixels, self._card.max_pixels)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 of the file's content, remembered in the store for as long as the file is unchanged."""
+        """SHA-256 of the file's content."""
         if self._fingerprint is None:
-            known = self._store.recall("fingerprint", self._identity) if self._store else None
-            if known is None or not _SHA256.fullmatch(known):
-                known = gguf_file.fingerprint(self.path)
-                if self._store and time.time() - self.path.stat().st_mtime > _SETTLED_S:
-                    self._store.remember("fingerprint", self._identity, known)
+            known = fingerprint_of(self.gguf, self._store)
             self.check_unchanged()
             self._fingerprint = known
         return self._fingerprint
 
     def check_unchanged(self) -> None:
         """Raise ModelFileError where the file is no longer the one whose header was checked."""
-        if self._identity != _file_identity(self.path):
+        if self._identity != identity(self.gguf.parts):
             raise ModelFileError(f"{self.path} was changed while the model was loaded: load the model again")
-
-
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
-_SETTLED_S: Final = 2.0  # a file changed this lately could change again within the clock's resolution
 
 
 class Looker:
@@ -336,19 +331,6 @@ def _grid(positions: NDArray[np.int32], segments: tuple[object, ...], *, mrope: 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _file_identity(path: Path) -> str:
-    try:
-        status = path.stat()
-    except OSError as error:
-        raise ModelFileError(
-            f"{path} cannot be read ({error.strerror}): put it back, or load the model again"
-        ) from error
-    return _digest(
-        "file",
-        *(str(one) for one in (path.resolve(), status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)),
-    )
 
 
 def _plain(name: str) -> str:

@@ -1,21 +1,24 @@
 """Loading a model, and the one object that answers for it."""
 
+import os
 from os import PathLike, fspath
 from types import TracebackType
 from typing import Final, Literal, overload
 
 from typing_extensions import Self, Unpack
 
+from lookonce.cards import ModelCard
 from lookonce.chat import Chat, Images, Reply, ReplyStream
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine, LoadOptions
 from lookonce.errors import InputError
 from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, RowType
-from lookonce.model_files import find_files
+from lookonce.model_files import ModelFiles, find_files
 from lookonce.native.text import KvType
 from lookonce.sampling import SamplingOptions
 from lookonce.store import Store
+from lookonce.trial import try_model
 
 
 class Model:
@@ -33,6 +36,11 @@ class Model:
     def name(self) -> str:
         """The text model's own name."""
         return self.engine.name
+
+    @property
+    def card(self) -> ModelCard | None:
+        """The model's card, whose options hold where the caller gives none; None for a model without one."""
+        return self.engine.card
 
     @property
     def n_ctx(self) -> int:
@@ -152,34 +160,64 @@ def load(
     kv_type: KvType = "f16",
     flash_attention: bool | None = None,
     store: Store | str | PathLike[str] | bool = True,
+    download: bool = False,
+    trial: bool | None = None,
 ) -> Model:
     """Load a text model, and find its projector; the projector itself is loaded when a picture first needs it.
 
-    model: a text model's .gguf file, or a folder that holds one.
-    mmproj: its projector file. Without it the folder is searched for the one whose metadata fit.
+    model: a card's name (`lookonce models list` shows them), one with a quantization as in
+        `qwen3-vl-2b-instruct:Q8_0`, a text model's .gguf file, or a folder that holds one. To give a folder that has a
+        card's name write `./` before it.
+    mmproj: its projector file. Without it the card's is taken, or the one in the folder whose metadata fit.
     device: `auto`, `cpu`, `cuda`, `cuda:0`, `metal`. `auto` takes the GPUs that the native build can use.
     n_gpu_layers: how many layers go to the GPU; None is all. 0 keeps the vision tower on the CPU too.
-    n_ctx: tokens and image rows that the context holds; None is 8,192, or what the model was trained for if less.
+    n_ctx: tokens and image rows that the context holds; None is the card's, else 8,192, or what the model was trained
+        for if less.
     threads: None is the number of physical cores.
     kv_type: how keys and values are kept: `f16`, `f32` or `q8_0`.
     flash_attention: None lets llama.cpp choose.
     store: where looks are kept: True is the user's own store, False none, or a folder, or a `Store`, which stays the
         caller's to close.
+    download: fetch a card's files where they are not on this disk.
+    trial: load files that no card vouches for in a child process first, once for each content and version of the native
+        library, so that one which llama.cpp dies of costs an error and not this process. None is True, or what
+        LOOKONCE_TRIAL says (0 or 1). False saves that second for files you made, and is for where no process may start.
 
     Raises ModelFileError for a missing, damaged or mismatched file and one that llama.cpp refuses, DeviceError for a
     device that the build lacks, InputError for another option.
     """
     options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention)
-    files = find_files(model, mmproj)
+    files = find_files(model, mmproj, fetch=_fetch if download else None)
     if isinstance(store, Store):
-        return Model(Engine(files, options, store, owns_store=False))
+        return _load(files, options, store, owns_store=False, trial=_wants_trial(trial))
     own = _open_store(store)
     try:
-        return Model(Engine(files, options, own, owns_store=True))
+        return _load(files, options, own, owns_store=True, trial=_wants_trial(trial))
     except BaseException:
         if own is not None:
             own.close()
         raise
+
+
+def _load(files: ModelFiles, options: LoadOptions, store: Store | None, *, owns_store: bool, trial: bool) -> Model:
+    if trial:
+        try_model(files, store)
+    return Model(Engine(files, options, store, owns_store=owns_store))
+
+
+def _wants_trial(trial: bool | None) -> bool:
+    if trial is not None:
+        return trial
+    said = os.environ.get("LOOKONCE_TRIAL") or "1"
+    if said not in ("0", "1"):
+        raise InputError(f"LOOKONCE_TRIAL is {said!r}: set it to 0 or 1, or unset it")
+    return said == "1"
+
+
+def _fetch(card: ModelCard, quantization: str | None) -> object:
+    from lookonce.download import pull
+
+    return pull(card, quant=quantization)
 
 
 def _open_store(store: str | PathLike[str] | bool) -> Store | None:

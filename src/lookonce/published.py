@@ -9,10 +9,10 @@ from pathlib import Path
 
 import platformdirs
 
-from lookonce.cards import CardFile
+from lookonce.cards import CardFile, ModelCard
 from lookonce.durable import write_durably
 
-__all__ = ["recall", "remember"]
+__all__ = ["complete", "recall", "remember"]
 
 
 def recall(repository: str, file: CardFile) -> CardFile:
@@ -27,6 +27,13 @@ def recall(repository: str, file: CardFile) -> CardFile:
     if not isinstance(sha256, str) or file.size_bytes not in (None, size_bytes):
         return file
     return CardFile(file.name, size_bytes, sha256)
+
+
+def complete(card: ModelCard, file: CardFile) -> CardFile:
+    """Give a card's file with what either hub published about it when it was fetched, where the card has none."""
+    for repository in filter(None, (card.huggingface, card.modelscope)):
+        file = recall(repository, file)
+    return file
 
 
 def remember(repository: str, file: CardFile) -> None:

@@ -44,15 +44,18 @@ _FLASH_ATTENTION: Final = {
 class TextModel:
     """The weights and vocabulary of one text GGUF, which `lookonce.gguf_check` has found sound.
 
-    `gpu_layers` bounds how many layers go to `devices` (None: all of them). Raises ModelFileError with the native
-    library's reason when it refuses the file.
+    `gpu_layers` bounds how many layers go to `devices` (None: all of them). `repack` lets the native library copy
+    weights into the order that this CPU likes best. Raises ModelFileError with its reason when it refuses the file.
     """
 
-    def __init__(self, path: Path, *, devices: Sequence[Device] = (), gpu_layers: int | None = None) -> None:
+    def __init__(
+        self, path: Path, *, devices: Sequence[Device] = (), gpu_layers: int | None = None, repack: bool = True
+    ) -> None:
         params = llama.llama_model_default_params()
         handles = (ctypes.c_void_p * (len(devices) + 1))(*(device.handle for device in devices), None)
         params.devices = ctypes.cast(handles, ctypes.c_void_p)
         params.n_gpu_layers = 0 if not devices else -1 if gpu_layers is None else gpu_layers
+        params.use_extra_bufts = repack
         with listen() as log:
             handle = llama.llama_model_load_from_file(os.fsencode(path), params)
             if handle:

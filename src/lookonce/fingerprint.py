@@ -1,0 +1,102 @@
+"""Fingerprints of files: the SHA-256 of their content, computed once and remembered while the file is unchanged.
+
+A file counts as unchanged by its path, size, times and inode. What is known of it is noted in the store in use. Without
+one the user's own is read, and nothing is written.
+"""
+
+import hashlib
+import json
+import re
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from lookonce.errors import InputError, ModelFileError, StoreError
+from lookonce.gguf_cursor import open_file
+from lookonce.gguf_file import GgufFile
+from lookonce.store import Store
+
+__all__ = ["fingerprint_of", "hash_files", "identity", "known_fingerprint", "recall", "remember_fingerprint"]
+
+_KIND: Final = "fingerprint"
+_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+# A file changed this lately could change again within its clock's resolution; clocks that tell no fractions are coarse.
+_SETTLED_S: Final = 0.1
+_SETTLED_COARSE_S: Final = 2.0
+
+
+def fingerprint_of(file: GgufFile | Path, store: Store | None) -> str:
+    """SHA-256 of a file's content in hexadecimal; of a split model, that of its parts in order.
+
+    Raises ModelFileError where the file cannot be read, or is changed meanwhile.
+    """
+    known = known_fingerprint(file, store)
+    if known is None:
+        paths = _paths(file)
+        before = identity(paths)
+        known = hash_files(paths)
+        if identity(paths) != before:
+            raise ModelFileError(f"{paths[0]} was changed while it was read: load the model again")
+        if store is not None:
+            remember_fingerprint(file, known, store)
+    return known
+
+
+def known_fingerprint(file: GgufFile | Path, store: Store | None) -> str | None:
+    """The fingerprint where it is remembered; nothing of the file is read."""
+    found = recall(_KIND, identity(_paths(file)), store)
+    return found if found is not None and _SHA256.fullmatch(found) else None
+
+
+def remember_fingerprint(file: GgufFile | Path, sha256: str, store: Store) -> None:
+    """Note what a file's content hashes to, as whoever has just verified it knows; not of one changed just now."""
+    paths = _paths(file)
+    statuses = [path.stat() for path in paths]
+    coarse = any(one.st_mtime_ns % 1_000_000_000 == 0 for one in statuses)
+    age_s = time.time() - max(one.st_mtime for one in statuses)
+    if age_s > (_SETTLED_COARSE_S if coarse else _SETTLED_S):
+        store.remember(_KIND, identity(paths), sha256)
+
+
+def identity(paths: Sequence[Path]) -> str:
+    """What stays the same while files are unchanged. Raises ModelFileError for one that cannot be read."""
+    parts: list[object] = []
+    for path in paths:
+        try:
+            status = path.stat()
+            real = str(path.resolve())
+        except OSError as error:
+            raise ModelFileError(
+                f"{path} cannot be read ({error.strerror}): put it back, or load the model again"
+            ) from error
+        parts += [real, status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+    return hashlib.sha256(json.dumps(["file", *map(str, parts)]).encode()).hexdigest()
+
+
+def hash_files(paths: Sequence[Path]) -> str:
+    """SHA-256 of files' content, one after the other. Raises ModelFileError for one that cannot be read."""
+    digest = hashlib.sha256()
+    for path in paths:
+        with open_file(path) as file:
+            try:
+                while piece := file.read(8 << 20):
+                    digest.update(piece)
+            except OSError as error:
+                raise ModelFileError(f"{path} cannot be read ({error}): check the disk") from error
+    return digest.hexdigest()
+
+
+def recall(kind: str, digest: str, store: Store | None) -> str | None:
+    """What was noted of files, in the store in use or in the user's own."""
+    if store is not None:
+        return store.recall(kind, digest)
+    try:
+        with Store() as own:
+            return own.recall(kind, digest)
+    except (StoreError, InputError):  # it cannot be used, or LOOKONCE_STORE_LIMIT is no size: nobody asked for it
+        return None
+
+
+def _paths(file: GgufFile | Path) -> tuple[Path, ...]:
+    return file.parts if isinstance(file, GgufFile) else (file,)

@@ -1,0 +1,111 @@
+"""Where model files lie on this machine: the folders of models, and the caches of the two hubs.
+
+Knows how those are laid out, and nothing of what is in a file.
+"""
+
+import glob
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
+from typing import Final
+
+import platformdirs
+
+from lookonce.cards import CardFile, ModelCard
+
+__all__ = ["candidates", "find_named", "folders", "locate", "published_name", "user_folder"]
+
+logger = logging.getLogger(__name__)
+
+_SHARED: Final = Path("/models")  # where containers mount them
+
+
+def folders() -> tuple[Path, ...]:
+    """The folders of models, the first to be searched first: `LOOKONCE_MODELS_DIR`, /models, the user's own."""
+    named = os.environ.get("LOOKONCE_MODELS_DIR")
+    return (*([Path(named).expanduser()] if named else []), _SHARED, user_folder())
+
+
+def user_folder() -> Path:
+    """The user's own folder of models, in their data folder."""
+    return platformdirs.user_data_path("lookonce") / "models"
+
+
+def find_named(name: str) -> Path | None:
+    """A file or folder of that name in the folders of models."""
+    return next((path for folder in folders() if (path := folder / name).exists()), None)
+
+
+def locate(card: ModelCard, file: CardFile, *, any_size: bool = False) -> Path | None:
+    """Where a card's file lies. One of another size than the card says is passed over with a warning."""
+    for path in candidates(card, file):
+        try:
+            size_bytes = path.stat().st_size if path.is_file() else None
+        except OSError:
+            continue
+        if size_bytes is None:
+            continue
+        if any_size or file.size_bytes in (None, size_bytes):
+            return path
+        logger.warning(
+            "%s has %d bytes where the card %s says %d: it is not used", path, size_bytes, card.name, file.size_bytes
+        )
+    return None
+
+
+def published_name(card: ModelCard, file: CardFile, name: str) -> bool:
+    """Whether a file's name is the card's, alone or after its repository as tools for flat folders write it."""
+    return name in (_base(file), *_flat(card, file))
+
+
+def candidates(card: ModelCard, file: CardFile) -> Iterator[Path]:
+    """Every place where a card's file could lie, the first to be taken first."""
+    if card.folder is not None:
+        yield card.folder / file.name
+        return
+    name = _base(file)
+    for folder in folders():
+        yield folder / card.name / name
+        yield folder / name
+        yield from (folder / flat for flat in _flat(card, file))
+        pattern = glob.escape(name)
+        yield from (path for deep in ("*", "*/*") for path in sorted(folder.glob(f"{deep}/{pattern}")))
+    if card.huggingface:
+        yield from (folder / file.name for folder in _huggingface(card.huggingface, card.revision))
+    if card.modelscope:
+        yield from (folder / file.name for folder in _modelscope(card.modelscope))
+
+
+def _base(file: CardFile) -> str:
+    return PurePosixPath(file.name).name
+
+
+def _flat(card: ModelCard, file: CardFile) -> list[str]:
+    repositories = dict.fromkeys(one for one in (card.huggingface, card.modelscope) if one)
+    return [f"{repository.replace('/', '_')}_{_base(file)}" for repository in repositories]
+
+
+def _huggingface(repository: str, revision: str) -> Iterator[Path]:
+    """The snapshots of a repository in Hugging Face's cache, `revision` first (huggingface_hub, constants.py)."""
+    environment = os.environ
+    home = environment.get("HF_HOME") or os.path.join(  # noqa: PTH118  as huggingface_hub has it
+        environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
+    )
+    cache = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
+    folder = Path(os.path.expandvars(cache)).expanduser() / f"models--{repository.replace('/', '--')}"
+    try:
+        current = (folder / "refs" / revision).read_text("utf-8").strip()
+    except (OSError, ValueError):
+        current = revision  # which may be a commit's own name
+    yield folder / "snapshots" / current
+    yield from (one for one in sorted(folder.glob("snapshots/*")) if one.name != current)
+
+
+def _modelscope(repository: str) -> Iterator[Path]:
+    """The folders that the versions of modelscope have used for a repository (modelscope, hub/utils/utils.py)."""
+    cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    owner, _, name = repository.partition("/")
+    yield from sorted((cache / "models" / f"{owner}--{name}").glob("snapshots/*"))
+    for root in (cache / "models", cache / "hub" / "models", cache / "hub", cache):
+        yield from (root / owner / one for one in dict.fromkeys((name.replace(".", "___"), name)))

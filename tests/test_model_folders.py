@@ -1,0 +1,155 @@
+"""Where the files of cards are found."""
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from huggingface_hub import try_to_load_from_cache
+
+from lookonce.cards import CardFile, ModelCard
+from lookonce.model_folders import find_named, folders, locate, published_name, user_folder
+
+FILE = CardFile("tiny.gguf", 4)
+CARD = ModelCard("tiny", "qwen3vl", "MIT", {"F32": FILE}, {}, "me/Tiny.GGUF", "us/Tiny.GGUF")
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A home folder with nothing in it, and a folder of models."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("XDG_DATA_HOME", "XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "MODELSCOPE_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(tmp_path / "models"))
+    return tmp_path
+
+
+def put(path: Path, content: bytes = b"GGUF") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content)
+    return path
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "models/tiny.gguf",
+        "models/tiny/tiny.gguf",
+        "models/anything/tiny.gguf",
+        "models/me/Tiny.GGUF/tiny.gguf",
+        "models/me_Tiny.GGUF_tiny.gguf",
+        "models/us_Tiny.GGUF_tiny.gguf",
+        ".local/share/lookonce/models/tiny.gguf",
+        ".cache/huggingface/hub/models--me--Tiny.GGUF/snapshots/abc/tiny.gguf",
+        ".cache/modelscope/models/us--Tiny.GGUF/snapshots/master/tiny.gguf",
+        ".cache/modelscope/models/us/Tiny___GGUF/tiny.gguf",
+        ".cache/modelscope/hub/models/us/Tiny___GGUF/tiny.gguf",
+        ".cache/modelscope/hub/us/Tiny.GGUF/tiny.gguf",
+    ],
+)
+@pytest.mark.skipif(sys.platform != "linux", reason="the user's folders have other names")
+def test_a_cards_file_is_found_wherever_tools_put_it(home: Path, place: str) -> None:
+    assert locate(CARD, FILE) is None
+    put(home / place)
+    assert locate(CARD, FILE) == home / place
+
+
+def test_a_repositorys_file_of_another_name_or_repository_is_not_taken(home: Path) -> None:
+    put(home / "models" / "other.gguf")
+    put(home / "models" / "you_Tiny.GGUF_tiny.gguf")
+    put(home / ".cache/huggingface/hub/models--you--Tiny.GGUF/snapshots/abc/tiny.gguf")
+    assert locate(CARD, FILE) is None
+
+
+def test_a_file_of_another_size_is_passed_over_with_a_warning(home: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cut = put(home / "models" / "tiny.gguf", b"GG")
+    with caplog.at_level(logging.WARNING, "lookonce.model_folders"):
+        assert locate(CARD, FILE) is None
+    assert f"{cut} has 2 bytes where the card tiny says 4" in caplog.text
+    whole = put(home / "models" / "deep" / "tiny.gguf")
+    assert locate(CARD, FILE) == whole
+    assert locate(CARD, FILE, any_size=True) == cut
+    assert locate(CARD, CardFile("tiny.gguf")) == cut
+
+
+def test_the_snapshot_of_the_cards_revision_is_taken_as_the_hubs_own_library_does(home: Path) -> None:
+    cache = home / ".cache/huggingface/hub"
+    for commit in ("aaa", "bbb", "ccc"):
+        put(cache / f"models--me--Tiny.GGUF/snapshots/{commit}/tiny.gguf")
+    put(cache / "models--me--Tiny.GGUF/refs/main", b"bbb")
+    found = locate(CARD, FILE)
+    assert str(found) == try_to_load_from_cache("me/Tiny.GGUF", "tiny.gguf", cache_dir=cache)
+    assert found is not None
+    assert found.parent.name == "bbb"
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"HF_HOME": "{home}/one"},
+        {"HF_HUB_CACHE": "{home}/two", "HF_HOME": "{home}/one"},
+        {"HUGGINGFACE_HUB_CACHE": "{home}/three"},
+        {"XDG_CACHE_HOME": "{home}/four"},
+        {"HF_HOME": "$HOME/five"},
+        {"HF_HUB_CACHE": "~/six"},
+    ],
+)
+def test_hugging_faces_cache_is_where_its_library_says(
+    home: Path, monkeypatch: pytest.MonkeyPatch, given: dict[str, str]
+) -> None:
+    for name, value in given.items():
+        monkeypatch.setenv(name, value.format(home=home))
+    code = "import json; from huggingface_hub import constants; print(json.dumps(constants.HF_HUB_CACHE))"
+    cache = json.loads(subprocess.run([sys.executable, "-c", code], check=True, capture_output=True).stdout)
+    file = put(Path(cache) / "models--me--Tiny.GGUF/snapshots/abc/tiny.gguf")
+    assert locate(CARD, FILE) == file
+
+
+def test_modelscopes_cache_may_be_named(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MODELSCOPE_CACHE", str(home / "ms"))
+    assert locate(CARD, FILE) is None
+    file = put(home / "ms/models/us--Tiny.GGUF/snapshots/v1/tiny.gguf")
+    assert locate(CARD, FILE) == file
+    shutil.rmtree(home / "ms")
+    assert locate(CARD, FILE) is None
+    put(home / "ms/us/Tiny.GGUF/tiny.gguf")
+    assert locate(CARD, FILE) == home / "ms/us/Tiny.GGUF/tiny.gguf"
+
+
+def test_a_card_with_a_folder_has_its_files_there_and_nowhere_else(home: Path) -> None:
+    card = ModelCard("tiny", "qwen3vl", "MIT", {"F32": FILE}, {}, folder=home / "built")
+    put(home / "models" / "tiny.gguf")
+    assert locate(card, FILE) is None
+    file = put(home / "built" / "tiny.gguf")
+    assert locate(card, FILE) == file
+
+
+def test_the_folders_are_searched_in_the_promised_order(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert folders() == (home / "models", Path("/models"), user_folder())
+    monkeypatch.delenv("LOOKONCE_MODELS_DIR")
+    assert folders() == (Path("/models"), user_folder())
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", "~/models")
+    file = put(home / "models" / "any.gguf")
+    assert find_named("any.gguf") == file
+    assert find_named("none.gguf") is None
+
+
+def test_what_cannot_be_read_is_no_place_to_find_anything(home: Path) -> None:
+    put(home / "models" / "tiny.gguf").unlink()
+    (home / "models" / "tiny.gguf").symlink_to(home / "models" / "tiny.gguf")
+    (home / "models" / "tiny").mkdir()
+    (home / "models" / "tiny" / "tiny.gguf").mkdir()
+    assert locate(CARD, FILE) is None
+    os.mkfifo(home / "models" / "me_Tiny.GGUF_tiny.gguf")
+    assert locate(CARD, FILE) is None
+
+
+def test_a_published_name_stands_alone_or_after_its_repository() -> None:
+    assert published_name(CARD, FILE, "tiny.gguf")
+    assert published_name(CARD, FILE, "me_Tiny.GGUF_tiny.gguf")
+    assert not published_name(CARD, FILE, "you_Tiny.GGUF_tiny.gguf")
+    assert not published_name(CARD, FILE, "mytiny.gguf")
