@@ -50,7 +50,8 @@ class Place:
 
     def __post_init__(self) -> None:
         self.home.mkdir(parents=True, exist_ok=True)
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(("HF_", "MODELSCOPE_"))}
+        others = ("HF_", "MODELSCOPE_", "LOOKONCE_")
+        kept = {name: value for name, value in os.environ.items() if not name.startswith(others)}
         self.environment = kept | {
             "HOME": str(self.home),
             "XDG_CACHE_HOME": str(self.home / "cache"),
