@@ -44,6 +44,7 @@ class Faults:
     wrong_byte: int | None = None  # this byte of every file is served wrong
     no_ranges: bool = False  # every reply is the whole file
     no_hash: bool = False  # no SHA-256 is published
+    size_bytes: int | None = None  # published of every file
     pause_s: float = 0.0  # between two blocks of 64 KiB
     silent: bool = False  # nothing is answered at all
 
@@ -148,7 +149,11 @@ class _Handler(BaseHTTPRequestHandler):
             self._redirect(
                 repository,
                 name,
-                {"X-Repo-Commit": COMMIT, "X-Linked-Etag": f'"{etag}"', "X-Linked-Size": str(len(content))},
+                {
+                    "X-Repo-Commit": COMMIT,
+                    "X-Linked-Etag": f'"{etag}"',
+                    "X-Linked-Size": str(faults.size_bytes or len(content)),
+                },
             )
 
     def _modelscope(self, repository: str, query: Mapping[str, str], *, listing: bool) -> None:
@@ -160,7 +165,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._json(404, {"Code": 10010205001, "Message": "record not found"})
         elif listing:
             entries = [
-                {"Path": path, "Name": path, "Type": "blob", "Size": len(content)}
+                {"Path": path, "Name": path, "Type": "blob", "Size": faults.size_bytes or len(content)}
                 | ({} if faults.no_hash else {"Sha256": hashlib.sha256(content).hexdigest()})
                 for (known, path), content in self.hub.files.items()
                 if known == repository

@@ -149,6 +149,15 @@ def test_what_is_no_toml_names_the_line(own: Path) -> None:
         read_cards()
 
 
+def test_the_readmes_card_can_be_read(own: Path) -> None:
+    readme = Path(__file__).resolve().parent.parent / "README.md"
+    (example,) = re.findall(r"```toml\n(.*?)```", readme.read_text("utf-8"), re.DOTALL)
+    own.write_text(example)
+    card = find_card("my-model")
+    assert card is not None
+    assert (card.text_file().name, card.pooling) == ("my-model-Q4_K_M.gguf", "last")
+
+
 def test_reading_cards_loads_no_native_library() -> None:
     code = "import sys, lookonce.cards; lookonce.cards.read_cards(); sys.exit('llama_cpp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

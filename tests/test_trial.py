@@ -263,3 +263,18 @@ def test_a_model_of_another_family_is_tried_too(tmp_path: Path) -> None:
     assert (
         try_model(ModelFiles(gguf_file.read(maker.write_text(tmp_path / "a.gguf", "qwen3")), None, False), None) is None
     )
+
+
+@pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what a process reads")
+def test_a_later_load_reads_no_file_through(pair: Pair, tmp_path: Path) -> None:
+    def bytes_read() -> int:  # by system calls, from the disk or the page cache, by this process and its children
+        return int(Path("/proc/self/io").read_text().split()[1])
+
+    read = []
+    for _ in range(3):
+        before = bytes_read()
+        lookonce.load(pair[0], store=tmp_path / "store", threads=1).close()
+        read.append(bytes_read() - before)
+    smaller = min(path.stat().st_size for path in pair)
+    assert read[0] > sum(path.stat().st_size for path in pair)
+    assert max(read[1:]) < smaller

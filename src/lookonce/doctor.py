@@ -18,9 +18,11 @@ import psutil
 
 from lookonce import gguf_check, gguf_file, retype
 from lookonce.byte_size import format_size
+from lookonce.cards import find_card
 from lookonce.drawing import draw_shape
 from lookonce.errors import ModelFileError, StoreError
 from lookonce.gguf_file import GgufFile
+from lookonce.model_files import locate_card
 from lookonce.store import Store
 from lookonce.version import VERSION
 
@@ -273,8 +275,7 @@ def find_models(named: str | None) -> list[FoundModel]:
     if directory := os.environ.get("LOOKONCE_MODELS_DIR"):
         folders.insert(0, Path(directory).expanduser())
     if named:
-        path = Path(named).expanduser()
-        folders.insert(0, path if path.is_dir() else path.parent)
+        folders.insert(0, _folder_of(named))
     paths = dict.fromkeys(path.resolve() for folder in folders for path in _ggufs(folder))
     read = [_read(path) for path in islice(paths, _MOST_FILES)]
     projectors = [
@@ -283,6 +284,13 @@ def find_models(named: str | None) -> list[FoundModel]:
         if isinstance(one, GgufFile) and gguf_check.family(one) and retype.origin(one) is None and _is_sound(one)
     ]
     return [one if isinstance(one, FoundModel) else _describe(one, projectors) for one in read]
+
+
+def _folder_of(named: str) -> Path:
+    card = find_card(named.partition(":")[0])
+    text = None if card is None else locate_card(card).text
+    path = Path(named).expanduser() if text is None else text
+    return path if path.is_dir() else path.parent
 
 
 def _ggufs(folder: Path) -> Iterator[Path]:

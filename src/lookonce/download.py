@@ -8,7 +8,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
@@ -17,11 +17,12 @@ from typing import Final, Literal, get_args
 from lookonce import published
 from lookonce.byte_size import format_size
 from lookonce.cards import CardFile, ModelCard, user_file
-from lookonce.errors import DownloadError, InputError, StoreError
-from lookonce.fingerprint import hash_files, remember_fingerprint
+from lookonce.errors import DownloadError, InputError, ModelFileError, StoreError
+from lookonce.fingerprint import fingerprint_of, hash_files, remember_fingerprint
 from lookonce.hub import Hub, HubFile, HubUnavailable, Source
 from lookonce.hub_huggingface import HuggingFace
 from lookonce.hub_modelscope import INSTALL, ModelScope
+from lookonce.model_folders import candidates
 from lookonce.partial_file import PartialFile
 from lookonce.store import Store
 
@@ -97,18 +98,19 @@ def pull(
     if card.folder is not None and not card.huggingface and not card.modelscope:
         return PulledFiles(*(_beside(card, card.folder, file) for file in wanted))
     hubs = _choose_hubs(card, source)
-    work = _Pull(card, hubs, None if folder is None else Path(folder).expanduser(), progress or (lambda _: None))
-    pulled = PulledFiles(*work.run(wanted))
-    _note_fingerprints([pulled.text_file, pulled.projector_file])
-    return pulled
+    chosen = None if folder is None else Path(folder).expanduser().absolute()
+    with _open_notes() as notes:
+        return PulledFiles(*_Pull(card, hubs, chosen, progress or (lambda _: None), notes).run(wanted))
 
 
-def _note_fingerprints(files: Sequence[PulledFile]) -> None:
-    """Spare the first load a second reading of what has just been hashed, where the user's store can be written to."""
-    with suppress(StoreError, InputError), Store() as store:
-        for file in files:
-            if file.sha256 is not None:
-                remember_fingerprint(file.path, file.sha256, store)
+@contextmanager
+def _open_notes() -> Iterator[Store | None]:
+    """The user's store, where fingerprints are noted; None where it cannot be used, which only costs time."""
+    with ExitStack() as stack:
+        notes = None
+        with suppress(StoreError, InputError):
+            notes = stack.enter_context(Store())
+        yield notes
 
 
 def _beside(card: ModelCard, folder: Path, file: CardFile) -> PulledFile:
@@ -142,11 +144,13 @@ class _Pull:
         hubs: Sequence[tuple[Hub, str]],
         folder: Path | None,
         progress: Callable[[PullStep], object],
+        notes: Store | None,
     ) -> None:
         self._card: Final = card
         self._hubs: Final = hubs
         self._folder: Final = folder
         self._progress: Final = progress
+        self._notes: Final = notes
 
     def run(self, wanted: Sequence[CardFile]) -> list[PulledFile]:
         found = {file.name: present for file in wanted if (present := self._present(file))}
@@ -158,22 +162,22 @@ class _Pull:
 
     def _present(self, file: CardFile) -> PulledFile | None:
         """The file where it is on the disk already, whole and known to be right; asks no hub."""
-        for hub, repository in self._hubs:
-            known = published.recall(repository, file)
-            places = [self._folder / Path(file.name).name] if self._folder else hub.cached(repository, file.name)
-            for path in places:
-                if known.sha256 and self._is(path, known):
-                    return PulledFile(path, path.stat().st_size, known.sha256, None)
+        known = published.complete(self._card, file)
+        places = [self._folder / Path(file.name).name] if self._folder else candidates(self._card, file)
+        for path in places:
+            if known.sha256 and self._is(path, known):
+                return PulledFile(path, path.stat().st_size, known.sha256, None)
         return None
 
     def _is(self, path: Path, known: CardFile) -> bool:
+        """Whether a file is the one that is known; what was read of it before is not read again."""
         try:
             size_bytes = path.stat().st_size
             if known.size_bytes not in (None, size_bytes):
                 return False
             self._tell(known.name, "checking", 0, size_bytes)
-            return hash_files([path]) == known.sha256
-        except OSError:
+            return fingerprint_of(path, self._notes) == known.sha256
+        except (OSError, ModelFileError):
             return False
 
     def _refuse_offline(self, missing: Sequence[CardFile]) -> None:
@@ -259,6 +263,8 @@ class _Pull:
                         part.finish()
                         fetched = True
             path = part.target if self._folder else hub.publish(described)
+            if self._notes is not None:
+                remember_fingerprint(path, verified.sha256 or "", self._notes)
             if file.sha256 is None:
                 published.remember(described.repository, verified)
         return PulledFile(path, described.size_bytes or 0, described.sha256, hub.source if fetched else None)

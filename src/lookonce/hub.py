@@ -61,9 +61,6 @@ class Hub(Protocol):
     def publish(self, file: HubFile) -> Path:
         """Give the content that now lies there the name by which the hub's other tools find it."""
 
-    def cached(self, repository: str, name: str) -> list[Path]:
-        """List the files of that name in the cache, of whatever revision; asks nobody."""
-
 
 def refusal(hub: str, status: int | None, repository: str, name: str, token: str) -> DownloadError:
     """The error for a hub's answer that no other try would change."""

@@ -9,7 +9,7 @@ import io
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +20,7 @@ from lookonce.version import VERSION
 __all__ = ["HuggingFace"]
 
 _TITLE: Final = "Hugging Face"
+_BLOCK: Final = 1 << 18
 _PLAIN: Final = re.compile(r"[\w.-]*\w", re.ASCII)  # a name that stays in its folder
 _SHA256: Final = re.compile(r"[0-9a-f]{64}")
 _PASSING: Final = (408, 425, 429)  # answers that change by themselves, as those from 500 on do
@@ -59,7 +60,7 @@ class HuggingFace:
 
         headers = build_hf_headers(library_name="lookonce", library_version=VERSION)
         no_bar: Any = _NoBar()
-        with _translated(file.repository, file.name), _Part(part, report) as output:
+        with _translated(file.repository, file.name), _small_blocks(), _Part(part, report) as output:
             http_get(
                 hf_hub_url(file.repository, file.name, revision=file.revision),
                 output,
@@ -91,16 +92,6 @@ class HuggingFace:
             reference.write_text(file.revision)
         return pointer
 
-    def cached(self, repository: str, name: str) -> list[Path]:
-        """List the files of that name in the cache's snapshots."""
-        with suppress(OSError):
-            return sorted(
-                path
-                for snapshot in (_folder(repository) / "snapshots").iterdir()
-                if (path := snapshot / name).is_file()
-            )
-        return []
-
 
 def _folder(repository: str) -> Path:
     from huggingface_hub import constants
@@ -130,6 +121,19 @@ class _Part(io.FileIO):
             ) from error
         self._report(self.tell())
         return len(data)
+
+
+@contextmanager
+def _small_blocks() -> Iterator[None]:
+    """Let the client write what has come block by small block: by itself it drops up to 10 MiB at every cut."""
+    from huggingface_hub import constants
+
+    before = constants.DOWNLOAD_CHUNK_SIZE
+    constants.DOWNLOAD_CHUNK_SIZE = min(_BLOCK, before)
+    try:
+        yield
+    finally:
+        constants.DOWNLOAD_CHUNK_SIZE = before
 
 
 class _NoBar:

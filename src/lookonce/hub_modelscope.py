@@ -80,16 +80,6 @@ class ModelScope:
         """Give the place itself: in this cache a file has no other name."""
         return self.place(file)
 
-    def cached(self, repository: str, name: str) -> list[Path]:
-        """List the files of that name in the cache, in the form that it has now and in its older ones."""
-        owner, _, model = repository.partition("/")
-        folders = (
-            *sorted((_cache() / "models" / f"{owner}--{model}" / "snapshots").glob("*")),
-            _cache() / "models" / owner / model.replace(".", "___"),
-            _cache() / "hub" / "models" / owner / model.replace(".", "___"),
-        )
-        return [path for folder in folders if (path := folder / name).is_file()]
-
 
 def _cache() -> Path:
     """The cache's folder, by the rule of modelscope_hub's config.py, which may not be installed."""

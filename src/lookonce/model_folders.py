@@ -14,7 +14,7 @@ import platformdirs
 
 from lookonce.cards import CardFile, ModelCard
 
-__all__ = ["find_named", "folders", "locate", "published_name", "user_folder"]
+__all__ = ["candidates", "find_named", "folders", "locate", "published_name", "user_folder"]
 
 logger = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ def find_named(name: str) -> Path | None:
 
 def locate(card: ModelCard, file: CardFile, *, any_size: bool = False) -> Path | None:
     """Where a card's file lies. One of another size than the card says is passed over with a warning."""
-    for path in _candidates(card, file):
+    for path in candidates(card, file):
         try:
             size_bytes = path.stat().st_size if path.is_file() else None
         except OSError:
@@ -59,7 +59,8 @@ def published_name(card: ModelCard, file: CardFile, name: str) -> bool:
     return name in (_base(file), *_flat(card, file))
 
 
-def _candidates(card: ModelCard, file: CardFile) -> Iterator[Path]:
+def candidates(card: ModelCard, file: CardFile) -> Iterator[Path]:
+    """Every place where a card's file could lie, the first to be taken first."""
     if card.folder is not None:
         yield card.folder / file.name
         return

@@ -102,7 +102,8 @@ def run(loader: Loader, models: list[tuple[Path, ...]], folder: Path, cases: int
 @pytest.fixture
 def models(tiny_pair: Pair, tiny_pair_25: Pair, tmp_path: Path) -> list[tuple[Path, ...]]:
     """Two pairs whose architectures are checked through and through, and a text model of one that is not."""
-    return [tiny_pair, tiny_pair_25, (maker.write_text(tmp_path / "other.gguf", "qwen3"),)]
+    keys = {"qwen3.rope.dimension_count": maker.u32(maker.HEAD)}
+    return [tiny_pair, tiny_pair_25, (maker.write_text(tmp_path / "other.gguf", "qwen3", keys),)]
 
 
 def test_sixty_damaged_files_load_or_are_refused(
