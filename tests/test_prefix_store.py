@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import test_state_kills as stress
 from numpy.typing import NDArray
 from PIL import Image
 
 import lookonce
-import test_state_kills as stress
 from look_maker import make_look, make_picture
 from lookonce import engine, gguf_file, prefix_store
 from lookonce.chat import Chat
