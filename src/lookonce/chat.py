@@ -1,13 +1,14 @@
 """Conversations about pictures: turns in, replies out, whole or piece by piece."""
 
 import codecs
+import logging
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from types import MappingProxyType, TracebackType
-from typing import Final, Literal, overload
+from typing import Final, Literal, Protocol, overload
 
 import numpy as np
 from PIL import Image
@@ -15,13 +16,16 @@ from typing_extensions import Self, Unpack
 
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine
-from lookonce.errors import ClosedError, PromptError
+from lookonce.errors import ClosedError, MismatchError, PromptError
 from lookonce.images import PictureSource
 from lookonce.kept_state import Origin
 from lookonce.looker import LookOptions, PendingLook
-from lookonce.prompt import Message, Prompt, name_looks, place_looks
+from lookonce.prompt import Message, Unit, name_looks, place_looks
 from lookonce.sampling import Sampling, SamplingOptions
+from lookonce.saved_chat import SavedChat
 from lookonce.sequences import Turn, refuse_overflow
+
+logger = logging.getLogger(__name__)
 
 FinishReason = Literal["stop", "length", "closed"]
 Images = Sequence[PictureSource | ImageEmbedding]
@@ -87,8 +91,8 @@ class _Asked:
     started: float
     looked: float
     looks: tuple[ImageEmbedding, ...]
+    turn: Turn
     answered: Callable[[str], None]
-    conversation: "weakref.ref[Chat]"
 
 
 class ReplyStream(Iterator[str]):
@@ -100,12 +104,12 @@ class ReplyStream(Iterator[str]):
     _open = False
     _settled = False
 
-    def __init__(self, engine: Engine, prompt: Prompt, sampling: Sampling, asked: _Asked) -> None:
+    def __init__(self, engine: Engine, sampling: Sampling, asked: _Asked) -> None:
         self._engine = engine
-        self._turn = Turn(prompt, asked.conversation)
+        self._turn = asked.turn
         self._sampling = sampling
         self._asked = asked
-        self._sampler: Final = engine.sampler(sampling, prompt)
+        self._sampler: Final = engine.sampler(sampling, asked.turn.prompt)
         self._text = _StoppedText(sampling.stop_texts)
         self._finish: FinishReason = "closed"
         self._first = self._last = asked.looked
@@ -250,6 +254,14 @@ def _overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
+class HasEngine(Protocol):
+    """A loaded model."""
+
+    @property
+    def engine(self) -> Engine:
+        """What works for it."""
+
+
 class Chat:
     """A conversation about pictures. Its turns share the model's context, so only what is new is evaluated.
 
@@ -274,6 +286,7 @@ class Chat:
         self._waiting: tuple[PictureSource | ImageEmbedding, ...] = _checked_images(images)
         self._known: dict[str, ImageEmbedding] = {}
         self._under_way: weakref.ref[ReplyStream] | None = None
+        self._held: tuple[Unit, ...] = ()  # what was evaluated for the last turn
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -315,21 +328,22 @@ class Chat:
         """
         started = time.perf_counter()
         sampling = Sampling(**options)
-        if self._under_way is not None and (before := self._under_way()) is not None:
-            before.close()
+        self._close_stream()
         new, message = self._place(prompt, (*self._waiting, *_checked_images(images)))
         looked = time.perf_counter()
         messages = [*self._messages, message]
+        whole = self._engine.prompt(messages)
+        refuse_overflow(whole.n_tokens, whole.n_rows, self._engine.n_ctx)
+        turn = Turn(whole, weakref.ref(self))
 
         def answered(text: str) -> None:
             self._messages = [*messages, Message("assistant", (text,))]
             self._known |= new
             self._waiting = ()
+            self._held = turn.units
 
-        whole = self._engine.prompt(messages)
-        refuse_overflow(whole.n_tokens, whole.n_rows, self._engine.n_ctx)
-        asked = _Asked(started, looked, _looks_in(messages), answered, weakref.ref(self))
-        stream_ = ReplyStream(self._engine, whole, sampling, asked)
+        asked = _Asked(started, looked, _looks_in(messages), turn, answered)
+        stream_ = ReplyStream(self._engine, sampling, asked)
         if stream:
             self._under_way = weakref.ref(stream_)
             return stream_
@@ -339,6 +353,69 @@ class Chat:
         finally:
             stream_.drop()  # nobody has seen a part of it
         return stream_.reply
+
+    def fork(self) -> Self:
+        """Another conversation that begins with this one; neither notices what the other goes on to say.
+
+        What both share is evaluated once. A reply that is under way is closed first.
+        """
+        self._close_stream()
+        other = type(self)(self._engine, look=self._look)
+        other._messages = list(self._messages)
+        other._known = dict(self._known)
+        other._waiting = self._waiting
+        other._held = self._held
+        return other
+
+    def save(self, path: str | PathLike[str]) -> None:
+        """Write the conversation to a `.safetensors` file, from which `load` goes on where it is now.
+
+        The file holds what was said, the looks, and the state of the evaluation: 29 MB for each 256 tokens or image
+        rows of a 2B model. Pictures that no question has shown yet are looked at first, and a reply that is under way
+        is closed. Raises SavedLookError where the file cannot be written.
+        """
+        self._close_stream()
+        prepared = self._engine.prepare(self._waiting, self._look)
+        self._waiting = waiting = tuple(self._engine.finish(prepared))
+        SavedChat(
+            model_name=self._engine.name,
+            fingerprint=self._engine.fingerprint,
+            messages=self.messages,
+            known=self.images,
+            waiting=waiting,
+            look_options=self._look,
+            facts=self._engine.facts,
+            state=self._engine.read_state(self._held) if self._held else None,
+        ).save(path)
+
+    @classmethod
+    def load(cls, model: HasEngine, path: str | PathLike[str]) -> Self:
+        """Read a conversation that `save` wrote, and go on where it was, with the same logits.
+
+        Where the context is made otherwise than the one that it was saved from, by its options or another build of
+        the native library, the text is the same and is evaluated again by the next question. Raises SavedLookError
+        for a damaged file, MismatchError for one of another text model.
+        """
+        saved = SavedChat.load(path)
+        engine = model.engine
+        if saved.fingerprint != engine.fingerprint:
+            raise MismatchError(
+                f"{fspath(path)} was saved with the text model {saved.model_name!r} ({saved.fingerprint[:12]}), but "
+                f"this is {engine.name!r} ({engine.fingerprint[:12]}): load it with the one it was saved with"
+            )
+        chat = cls(engine, look=saved.look_options)
+        chat._messages = list(saved.messages)
+        chat._known = {alias: engine.looker.checked(look) for alias, look in saved.known.items()}
+        chat._waiting = tuple(map(engine.looker.checked, saved.waiting))
+        if saved.state is not None and saved.facts == engine.facts and engine.adopt(saved.state):
+            chat._held = tuple(saved.state.held.units)
+        elif saved.state is not None:
+            logger.info("%s: its state is of another context, so the conversation is evaluated again", fspath(path))
+        return chat
+
+    def _close_stream(self) -> None:
+        if self._under_way is not None and (before := self._under_way()) is not None:
+            before.close()
 
     def _place(
         self, prompt: str, sources: tuple[PictureSource | ImageEmbedding, ...]

@@ -14,9 +14,9 @@ __all__ = ["Data", "make_folder", "sync_folder", "write_durably", "write_tempora
 Data: TypeAlias = bytes | memoryview
 
 
-def write_durably(path: Path, data: Data) -> None:
-    """Write `data` beside `path` and rename it there; OSError leaves nothing behind."""
-    temporary = write_temporary(path.parent, [data])
+def write_durably(path: Path, *parts: Data) -> None:
+    """Write `parts`, one after the other, beside `path` and rename them there; OSError leaves nothing behind."""
+    temporary = write_temporary(path.parent, parts)
     try:
         temporary.replace(path)
     except OSError:

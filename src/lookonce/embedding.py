@@ -31,7 +31,7 @@ from lookonce.durable import write_durably
 from lookonce.errors import InputError, NativeError, PromptError, SavedLookError
 from lookonce.tensor_file import DTYPE_NAMES, MAX_HEADER_BYTES, array_bytes, compact_json, pack, unpack
 
-__all__ = ["FORMAT_VERSION", "ImageEmbedding", "RowSegment", "Segment", "TextSegment", "to_stored_type"]
+__all__ = ["FORMAT_VERSION", "ImageEmbedding", "RowSegment", "Segment", "TextSegment", "read_saved", "to_stored_type"]
 
 FORMAT_VERSION = 1
 
@@ -181,22 +181,25 @@ class ImageEmbedding:
         """Read a saved look, checked to the last byte."""
         path = Path(path)
         if _is_torch(path):
-            return _from_torch(_read_file(path, None), path)
-        return cls.from_bytes(_read_file(path, _TENSORS), name=path.name)
+            return _from_torch(read_saved(path, None), path)
+        return cls.from_bytes(read_saved(path, _TENSORS), name=path.name)
 
 
-def _check_regular(path: Path, status: os.stat_result) -> None:
+def _check_regular(path: Path, status: os.stat_result, what: str) -> None:
     if not stat.S_ISREG(status.st_mode):
-        raise SavedLookError(f"{path} is a device or a pipe: expected a saved look")
+        raise SavedLookError(f"{path} is a device or a pipe: expected a {what}")
 
 
-def _read_file(path: Path, tensors: Collection[str] | None) -> bytes:
-    """A file's bytes; a safetensors file of other tensors is refused before gigabytes of weights are read."""
+def read_saved(path: Path, tensors: Collection[str] | None, *, what: str = "saved look") -> bytes:
+    """A file's bytes; a safetensors file of other tensors is refused before gigabytes of weights are read.
+
+    Raises SavedLookError, calling the file a `what`, where it cannot be read.
+    """
     try:
         # A named pipe without a writer would otherwise hold the process for ever.
         with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
             status = os.fstat(file.fileno())
-            _check_regular(path, status)
+            _check_regular(path, status, what)
             data = file.read(8 + MAX_HEADER_BYTES)
             if tensors is not None:
                 unpack(data, tensors, name=path.name, total_bytes=status.st_size)
@@ -204,7 +207,7 @@ def _read_file(path: Path, tensors: Collection[str] | None) -> bytes:
     except SavedLookError:
         raise
     except FileNotFoundError:
-        raise SavedLookError(f"{path} does not exist: check the path, or save a look there first") from None
+        raise SavedLookError(f"{path} does not exist: check the path, or save one there first") from None
     except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or error
         raise SavedLookError(f"{path} cannot be read ({reason}): check the path and its rights") from error

@@ -19,14 +19,15 @@ from lookonce.embedding import ImageEmbedding
 from lookonce.errors import ClosedError, DeviceError, InputError, NativeError
 from lookonce.fingerprint import Fingerprint
 from lookonce.images import PictureSource
-from lookonce.kept_state import KeptStates
+from lookonce.kept_state import KeptState, KeptStates
 from lookonce.looker import Looker, LookOptions, PendingLook, Projector
 from lookonce.model_files import ModelFiles
+from lookonce.native.cache import holds
 from lookonce.native.library import Device, build, choose_devices
 from lookonce.native.sampler import Sampler, grammar_of
 from lookonce.native.text import Context, ContextOptions, KvType, TextModel
 from lookonce.prefix_store import STATE_MODES, PrefixStore, StateMode
-from lookonce.prompt import ChatTemplate, Message, Part, Prompt, assemble, count
+from lookonce.prompt import ChatTemplate, Message, Part, Prompt, Unit, assemble, count
 from lookonce.sampling import Sampling
 from lookonce.sequences import Sequences, Turn, refuse_overflow
 from lookonce.store import Store
@@ -111,7 +112,7 @@ class Engine:
         self._sequences: Sequences | None = None
         self._template: ChatTemplate | None = None
         self._closed = False
-        fingerprint = Fingerprint(files.text, store)  # before the file is read
+        self._fingerprint = Fingerprint(files.text, store)  # before the file is read
         devices = choose_devices(options.device)
         started = time.perf_counter()
         self.name = files.text.name
@@ -121,12 +122,12 @@ class Engine:
         n_ctx = DEFAULT_CONTEXT if files.card is None else files.card.n_ctx or DEFAULT_CONTEXT
         self.options: Final = options.context_options(min(n_ctx, self.text.context_length))
         self.options.check_length(self.text)
+        self.facts: Final = options.facts(self.options, devices)
         self._kept = None if options.state == "off" else KeptStates(self.n_ctx)
         self._states: PrefixStore | None = None
         if store is not None and options.state != "off":
-            facts = options.facts(self.options, devices)
             reads_only = options.state == "read"
-            self._states = PrefixStore(store, fingerprint, facts, self.batch_size, reads_only=reads_only)
+            self._states = PrefixStore(store, self._fingerprint, self.facts, self.batch_size, reads_only=reads_only)
         self._end = weakref.finalize(self, _free_all, self.lock, self.text, self._states, self._owned_store)
         self.looker: Final = Looker(
             self.text,
@@ -236,6 +237,26 @@ class Engine:
             owed = [] if self._closed or self._sequences is None else self._sequences.take_owed(turn)
         for state in owed:
             self._states.keep(state)
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the text model. Raises ModelFileError where its file has changed."""
+        return self._fingerprint.value()
+
+    def read_state(self, units: Sequence[Unit]) -> KeptState | None:
+        """The state of as much of a conversation as is still held."""
+        with self.lock:
+            self._check_open()
+            return None if self._sequences is None else self._sequences.read(units)
+
+    def adopt(self, state: KeptState) -> bool:
+        """Keep a state that was read out of a context like this one; False where it does not fit this model."""
+        if self._kept is None or not holds(state.state, state.held.positions, mrope=self.text.mrope):
+            return False
+        with self.lock:
+            self._check_open()
+            self._kept.add(state)
+        return True
 
     @contextmanager
     def _sequences_reset_on_failure(self) -> Iterator[Sequences]:

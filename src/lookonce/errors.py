@@ -4,8 +4,8 @@
     ├── InputError (also ValueError)   what the caller gave cannot be used
     │   ├── PictureError               a picture cannot be opened, or is beyond the limits
     │   ├── ModelFileError             a GGUF is missing, damaged, of the wrong kind, or does not fit its partner
-    │   ├── SavedLookError             a saved look is damaged
-    │   ├── MismatchError              a look was made with another projector, width or text model
+    │   ├── SavedLookError             a saved look or chat is damaged
+    │   ├── MismatchError              a look or chat was made with another projector, width or text model
     │   ├── PromptError                an alias, a message, a grammar or a sampling option cannot be used
     │   ├── ContextError               the prompt does not fit the context
     │   └── DeviceError                the native build lacks the device that was asked for
@@ -56,11 +56,11 @@ class ModelFileError(InputError):
 
 
 class SavedLookError(InputError):
-    """A saved look is damaged or is not one."""
+    """A saved look or chat is damaged or is not one."""
 
 
 class MismatchError(InputError):
-    """A look was made with another projector, width or text model than the one it is given to."""
+    """A look or chat was made with another projector, width or text model than the one it is given to."""
 
 
 class PromptError(InputError):

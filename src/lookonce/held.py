@@ -7,6 +7,8 @@ from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Final
 
+import numpy as np
+from numpy.typing import NDArray
 from typing_extensions import Self
 
 from lookonce.prompt import Run, TokenRun, Unit
@@ -42,10 +44,47 @@ class Held:
             held.hold(call)
         return held
 
+    @classmethod
+    def rebuilt(cls, units: Sequence[Unit], ends: Sequence[tuple[int, bool]]) -> Self:
+        """What is held where calls ended at `ends`, each with whether a reply's token ended there.
+
+        Raises ValueError where these are no ends.
+        """
+        held = cls()
+        places = dict(ends)
+        tokens: list[int] = []
+        for number, unit in enumerate(units, start=1):
+            if isinstance(unit, int):
+                tokens.append(unit)
+            elif tokens:
+                raise ValueError("a call ends before each picture")
+            else:
+                held.hold(unit, generated=places.pop(number, False))
+            if tokens and number in places:
+                held.hold(TokenRun(tuple(tokens)), generated=places.pop(number))
+                tokens = []
+        if tokens or places:
+            raise ValueError("a call ends somewhere else")
+        return held
+
     @property
     def end(self) -> Mark:
         """The last place to cut."""
         return self.marks[-1]
+
+    @property
+    def positions(self) -> NDArray[np.int32]:
+        """The position of each cell, (n_cells,); of an image row that in time."""
+        found = [np.empty(0, dtype=np.int32)]
+        position = 0
+        for unit in self.units:
+            if isinstance(unit, int):
+                found.append(np.array([position], dtype=np.int32))
+                position += 1
+            else:
+                found.append(unit.positions[:, 0] + np.int32(position))
+                position += unit.advance
+        return np.concatenate(found)
 
     @property
     def repeatable(self) -> bool:

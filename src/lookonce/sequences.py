@@ -108,6 +108,11 @@ class Turn:
         return (*self.prompt.runs, *([TokenRun(tuple(self.generated))] if self.generated else ()))
 
     @property
+    def units(self) -> tuple[Unit, ...]:
+        """The same as it is compared with other prompts."""
+        return tuple(Prompt(self.runs).units())
+
+    @property
     def wanted(self) -> bool:
         """Whether it may go on."""
         return not self.ended or (self.conversation is not None and self.conversation() is not None)

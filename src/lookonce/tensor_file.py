@@ -71,21 +71,26 @@ def head(metadata: Mapping[str, str], tensors: Mapping[str, Array]) -> bytes:
 
 
 def unpack(
-    data: bytes | memoryview, names: Iterable[str], *, name: str, total_bytes: int | None = None
+    data: bytes | memoryview,
+    names: Iterable[str] | None,
+    *,
+    name: str,
+    what: str = "saved look",
+    total_bytes: int | None = None,
 ) -> tuple[dict[str, str], dict[str, Array]]:
-    """Give the metadata and exactly the tensors called `names`, matrices that share the memory of `data`.
+    """Give the metadata and exactly the tensors called `names` (None: all), which share the memory of `data`.
 
-    With `total_bytes`, `data` is the beginning of so long a file, and no arrays are made. Raises
-    `SavedLookError`, calling the file `name`, unless every byte of it is accounted for.
+    All are matrices. With `total_bytes`, `data` is the beginning of so long a file, and no arrays are made. Raises
+    `SavedLookError`, calling the file `name` and its kind `what`, unless every byte of it is accounted for.
     """
     total = len(data) if total_bytes is None else total_bytes
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
-        raise SavedLookError(f"{name} is not a saved look, or is cut short")
+        raise SavedLookError(f"{name} is not a {what}, or is cut short")
     try:
         metadata, places = _read_header(bytes(data[8 : 8 + length]), names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SavedLookError(f"{name} is not a saved look, or its header is damaged") from error
+        raise SavedLookError(f"{name} is not a {what}, or its header is damaged") from error
     order = sorted(places.values(), key=lambda place: place[2])
     end = order[-1][3]
     if order[0][2] != 0 or any(first[3] != second[2] for first, second in pairwise(order)):
@@ -101,13 +106,15 @@ def unpack(
     }
 
 
-def _read_header(raw: bytes, names: Iterable[str]) -> tuple[dict[str, str], dict[str, _Place]]:
+def _read_header(raw: bytes, names: Iterable[str] | None) -> tuple[dict[str, str], dict[str, _Place]]:
     # Control characters are white space to JSON, so a changed blank could pass unseen.
     if min(raw) < 0x20:
         raise ValueError("control characters")
     header = json.loads(raw.decode())
     metadata = header.pop("__metadata__")
-    places = {name: _read_place(header.pop(name)) for name in names}
+    places = {name: _read_place(header.pop(name)) for name in (list(header) if names is None else names)}
+    if not places:
+        raise ValueError("no contents")
     if header or not all(isinstance(value, str) for value in metadata.values()):
         raise ValueError("other contents")
     return metadata, places

@@ -5,6 +5,7 @@ saved chats verify a checksum first, and that the bytes were read from a context
 """
 
 import ctypes
+from typing import Final
 
 import llama_cpp.llama_cpp as llama
 import numpy as np
@@ -59,6 +60,29 @@ def span(context: Context, sequence: int) -> tuple[int, int]:
     memory = llama.llama_get_memory(context.handle)
     number = context.checked_sequence(sequence)
     return int(llama.llama_memory_seq_pos_min(memory, number)), int(llama.llama_memory_seq_pos_max(memory, number))
+
+
+_HEAD_WORDS: Final = 4  # magic, sequence, number of streams, number of cells
+
+
+def holds(state: State, positions: NDArray[np.int32], *, mrope: bool) -> bool:
+    """Whether a state of one sequence is for cells at exactly these positions, in any order.
+
+    For states that a stranger may have written. A cell is its position, the number of its sequences, with M-RoPE the
+    place in its picture and the token, and the sequences (llama-kv-cache.cpp, state_write_meta). The sizes of what
+    follows are checked by the native library, which believes the cells.
+    """
+    width = 6 if mrope else 3
+    words = state[: 4 * (_HEAD_WORDS + width * len(positions))]
+    if len(words) != 4 * (_HEAD_WORDS + width * len(positions)):
+        return False
+    numbers = np.frombuffer(words.tobytes(), dtype="<i4")
+    cells = numbers[_HEAD_WORDS:].reshape(-1, width)
+    return (
+        (int(numbers[2]), int(numbers[3])) == (1, len(positions))
+        and bool((cells[:, 1] == 1).all())
+        and np.array_equal(np.sort(cells[:, 0]), np.sort(positions))
+    )
 
 
 def _address(state: State) -> "ctypes._Pointer[ctypes.c_uint8]":
