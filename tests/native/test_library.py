@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from lookonce.errors import ClosedError, DeviceError, ModelFileError
-from lookonce.native.library import Handle, choose_devices, hear_standard_error, listen, system_info, versions
+from lookonce.native.library import (
+    Handle,
+    choose_devices,
+    cpu_features,
+    hear_standard_error,
+    listen,
+    system_info,
+    versions,
+)
 from lookonce.native.text import TextModel
 
 Pair = tuple[Path, Path]
@@ -210,3 +218,9 @@ def test_in_a_cycle_of_garbage_the_order_holds_too() -> None:
         owners = []
         gc.collect()
         assert native.freed == [2, 1]
+
+
+def test_the_features_used_are_those_that_the_native_library_says_it_has() -> None:
+    told = system_info()
+    assert cpu_features()
+    assert all(f"{name} = 1" in told for name in cpu_features())
