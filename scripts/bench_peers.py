@@ -248,6 +248,9 @@ def notes(results: Results) -> Iterator[str]:
         f"generation {rates['generation_tokens_a_second'] or 0:.2f} tokens/s "
         f"(libllama alone {rates['bare_generation_tokens_a_second'] or 0:.2f}), looks {rates['looks_a_second']:.3f}/s"
     )
+    if (rates["together_questions_tokens_a_second"] or 0) > 0:
+        single, together = (rates[f"{way}_questions_tokens_a_second"] for way in ("single", "together"))
+        yield f"16 questions: one after the other {single:.2f} tokens/s in all, together {together:.2f}"
     if auto := results.retyped.get("auto"):
         yield f"models retype --type auto: {auto['reason']}"
     if results.retyped.get("look_gain"):

@@ -57,6 +57,14 @@ def test_generation_covers_as_many_tokens_as_the_bare_loop(report: Report) -> No
     assert one["bare_rate"] > 0
 
 
+def test_sixteen_questions_are_asked_both_ways(report: Report) -> None:
+    one = report.found["many"][0]
+    assert one["questions"] == 16
+    assert one["same_texts"] >= 12  # sums are rounded otherwise in a larger batch
+    assert one["together_rate"] / one["single_rate"] == pytest.approx(one["single_s"] / one["together_s"])
+    assert report.ratios()["together_to_single"] == one["together_rate"] / one["single_rate"]
+
+
 def test_the_report_names_machine_versions_files_and_every_way(report: Report) -> None:
     told = "\n".join(lines(report))
     for expected in (

@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 import lookonce
 from look_maker import make_look
-from lookonce.chat import Chat, Reply, ReplyStream, _StoppedText
+from lookonce.chat import Chat, ReplyStream
 from lookonce.embedding import ImageEmbedding
 from lookonce.errors import ClosedError, ContextError, InputError, NativeError, PromptError
 from lookonce.model import Model
 from lookonce.native.text import Context
 from lookonce.prompt import Message
+from lookonce.reply import Reply, StoppedText
 
 Pair = tuple[Path, Path]
 A, B = (make_look(seed) for seed in range(2))
@@ -165,7 +166,7 @@ def split(data: bytes, cuts: list[int]) -> list[bytes]:
 
 @given(st.text(max_size=30), st.lists(st.integers(0, 200), max_size=8))
 def test_text_cut_anywhere_into_tokens_comes_out_whole(text: str, cuts: list[int]) -> None:
-    stopped = _StoppedText(())
+    stopped = StoppedText(())
     pieces = [stopped.add(data) for data in split(text.encode(errors="replace"), cuts)]
     joined = "".join(pieces) + stopped.rest()
     assert joined == stopped.given == text.encode(errors="replace").decode()
@@ -178,7 +179,7 @@ def test_text_cut_anywhere_into_tokens_comes_out_whole(text: str, cuts: list[int
     st.lists(st.integers(0, 200), max_size=8),
 )
 def test_no_cut_lets_a_part_of_a_stop_text_through(text: str, stops: list[str], cuts: list[int]) -> None:
-    stopped = _StoppedText(tuple(stops))
+    stopped = StoppedText(tuple(stops))
     given = ""
     for data in split(text.encode(), cuts):
         given += stopped.add(data)
@@ -195,7 +196,7 @@ def test_no_cut_lets_a_part_of_a_stop_text_through(text: str, stops: list[str], 
 
 
 def test_a_character_cut_off_at_the_end_is_a_replacement_character() -> None:
-    stopped = _StoppedText(())
+    stopped = StoppedText(())
     assert stopped.add("日".encode()[:2]) == ""
     assert stopped.rest() == "\ufffd"
 

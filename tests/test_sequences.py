@@ -18,7 +18,8 @@ from lookonce.kept_state import KeptStates
 from lookonce.native import text
 from lookonce.native.text import Context, ContextOptions, TextModel
 from lookonce.prompt import Part, Prompt, TokenRun, assemble
-from lookonce.sequences import Sequences, Turn
+from lookonce.sequences import Sequences
+from lookonce.turn import Turn
 
 Logits = NDArray[np.float32]
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attention": False}

@@ -17,10 +17,12 @@ from lookonce.errors import *  # noqa: F403  the exception tree, whose __all__ i
 from lookonce.version import VERSION as __version__  # noqa: N811
 
 if TYPE_CHECKING:
-    from lookonce.chat import Chat, Reply, ReplyStream
+    from lookonce.ask_many import ReplyStreams
+    from lookonce.chat import Chat, ReplyStream
     from lookonce.embedder import Embedder
     from lookonce.embedding import ImageEmbedding
     from lookonce.model import Model, load
+    from lookonce.reply import Reply
     from lookonce.sampling import Sampling
     from lookonce.stages import extract
     from lookonce.store import Store
@@ -30,8 +32,9 @@ _HOMES = {
     "Embedder": "embedder",
     "ImageEmbedding": "embedding",
     "Model": "model",
-    "Reply": "chat",
+    "Reply": "reply",
     "ReplyStream": "chat",
+    "ReplyStreams": "ask_many",
     "extract": "stages",
     "Sampling": "sampling",
     "Store": "store",
@@ -45,6 +48,7 @@ __all__ = [
     "Model",
     "Reply",
     "ReplyStream",
+    "ReplyStreams",
     "Sampling",
     "Store",
     "__version__",

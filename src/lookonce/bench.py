@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 QUESTION: Final = "What is in this picture, and where?"
-MEASURES: Final = ("cold", "rows", "state", "text", "generation")  # `cold` fills the store for those after it
+MEASURES: Final = ("cold", "rows", "state", "text", "generation", "many")  # `cold` fills the store for those after it
 _WAYS: Final = {
     "cold": "cold: tower, prompt, first token",
     "rows": "saved rows replayed, no tower",
@@ -82,6 +82,7 @@ class Report:
             "cold_to_state": self.ratio(("cold", first), ("state", first)),
             "state_to_text": self.ratio(("state", first), ("text", first)),
             "generation_to_bare": self.ratio(("generation", "rate"), ("generation", "bare_rate")),
+            "together_to_single": self.ratio(("many", "together_rate"), ("many", "single_rate")),
         }
 
     def as_dict(self) -> dict[str, Any]:
@@ -98,6 +99,8 @@ class Report:
             "prefill_tokens_a_second": self.median("rows", "prefill_rate"),
             "generation_tokens_a_second": self.median("generation", "rate"),
             "bare_generation_tokens_a_second": self.median("generation", "bare_rate"),
+            "single_questions_tokens_a_second": self.median("many", "single_rate"),
+            "together_questions_tokens_a_second": self.median("many", "together_rate"),
             "looks_a_second": _inverse(self.median("cold", "look_s")),
         }
         return {
@@ -266,16 +269,19 @@ def _rate_lines(report: Report) -> Iterator[str]:
         ("prefill_tokens_a_second", "prompt tokens and rows"),
         ("generation_tokens_a_second", "generated tokens"),
         ("bare_generation_tokens_a_second", "the same, libllama alone"),
+        ("single_questions_tokens_a_second", "16 questions, one after the other"),
+        ("together_questions_tokens_a_second", "16 questions, together"),
         ("looks_a_second", "looks"),
     ):
         if rates[name] is not None:
-            yield f"  {title:<34}{rates[name]:8.2f}"
+            yield f"  {title:<36}{rates[name]:8.2f}"
     yield "Ratios, each within one round (median)"
     for name, title in (
         ("rows_to_cold", "rows / cold"),
         ("cold_to_state", "cold / state"),
         ("state_to_text", "state / text"),
         ("generation_to_bare", "generation / libllama alone"),
+        ("together_to_single", "16 questions: together / one by one"),
     ):
         if ratios[name] is not None:
-            yield f"  {title:<34}{ratios[name]:8.3f}"
+            yield f"  {title:<36}{ratios[name]:8.3f}"

@@ -14,7 +14,6 @@ from typing import Any, Final
 
 import numpy as np
 
-from lookonce.chat import Reply
 from lookonce.errors import InputError, LookonceError
 from lookonce.kept_state import KeptState
 from lookonce.model import Model, load
@@ -23,11 +22,14 @@ from lookonce.native.text import Context, ContextOptions
 from lookonce.peak_memory import peak_bytes
 from lookonce.prefix_store import StateMode
 from lookonce.prompt import Message, Prompt, TokenRun
+from lookonce.reply import Reply
 from lookonce.sampling import Sampling
 
 __all__ = ["MEASURES", "Job", "work"]
 
 _WARM_UP: Final = "Hello."
+_N_QUESTIONS: Final = 16
+_LONGEST_ANSWER: Final = 32  # of many questions: all of them take long enough
 _FILLER: Final = "The picture of the circle and the square is in the system. "
 
 
@@ -128,6 +130,34 @@ def _generation(job: Job) -> dict[str, Any]:
             else:
                 rate, bare_rate = ours(), bare()
         return {"load_s": load_s, "generated": count, "rate": rate, "bare_rate": bare_rate}
+
+
+def _many(job: Job) -> dict[str, Any]:
+    """Sixteen questions about the picture, whose state is in memory: one after the other, and all at once, in turns."""
+    model, load_s = _load(job, "read")
+    with model:
+        _ask(model, job)
+        questions = [f"{number}. {job.prompt}" for number in range(1, _N_QUESTIONS + 1)]
+        options: dict[str, Any] = {
+            "images": [job.picture],
+            "min_pixels": job.min_pixels,
+            "max_pixels": job.max_pixels,
+            "temperature": 0.0,
+            "max_tokens": min(job.max_tokens, _LONGEST_ANSWER),
+        }
+        ways: dict[str, Callable[[], list[Reply]]] = {
+            "single": lambda: [model.ask(question, **options) for question in questions],
+            "together": lambda: model.ask_many(questions, **options),
+        }
+        found: dict[str, Any] = {"load_s": load_s, "questions": len(questions)}
+        texts = []
+        for way in sorted(ways, reverse=bool(job.turn % 2)):
+            started = time.perf_counter()
+            replies = ways[way]()
+            seconds = time.perf_counter() - started
+            found |= {f"{way}_s": seconds, f"{way}_rate": sum(one.usage.generated for one in replies) / seconds}
+            texts.append([one.text for one in replies])
+        return {**found, "same_texts": sum(one == other for one, other in zip(*texts, strict=True))}
 
 
 def _ask(model: Model, job: Job) -> dict[str, Any]:
@@ -245,6 +275,7 @@ MEASURES: Final[dict[str, Callable[[Job], dict[str, Any]]]] = {
     "state": _state,
     "text": _text,
     "generation": _generation,
+    "many": _many,
     "look": _look,
 }
 

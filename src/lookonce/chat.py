@@ -1,14 +1,12 @@
 """Conversations about pictures: turns in, replies out, whole or piece by piece."""
 
-import codecs
 import logging
 import time
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from os import PathLike, fspath
 from types import MappingProxyType, TracebackType
-from typing import Final, Literal, Protocol, overload
+from typing import Literal, Protocol, overload
 
 import numpy as np
 from PIL import Image
@@ -18,81 +16,16 @@ from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine
 from lookonce.errors import ClosedError, MismatchError, PromptError
 from lookonce.images import PictureSource
-from lookonce.kept_state import Origin
 from lookonce.looker import LookOptions, PendingLook
 from lookonce.prompt import Message, Unit, name_looks, place_looks
+from lookonce.reply import Answer, Asked, Reply
 from lookonce.sampling import Sampling, SamplingOptions
 from lookonce.saved_chat import SavedChat
-from lookonce.sequences import Turn, refuse_overflow
+from lookonce.turn import Turn, refuse_overflow
 
 logger = logging.getLogger(__name__)
 
-FinishReason = Literal["stop", "length", "closed"]
 Images = Sequence[PictureSource | ImageEmbedding]
-
-
-@dataclass(frozen=True, slots=True)
-class Usage:
-    """What a reply took of the context, in cells: text tokens, image rows and generated tokens.
-
-    `reused` of the prompt's were not evaluated again: `prefix` says whether they were still in memory or came from the
-    store.
-    """
-
-    text_tokens: int
-    image_rows: int
-    generated: int
-    reused: int
-    prefix: Origin = "evaluated"
-
-
-@dataclass(frozen=True, slots=True)
-class Timings:
-    """Where a reply's time went, in seconds.
-
-    `look_s` finds or encodes the pictures, `prefill_s` evaluates the prompt, `first_token_s` is all from the call to
-    the first token, `generation_s` all after it.
-    """
-
-    look_s: float
-    prefill_s: float
-    first_token_s: float
-    generation_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class ImageUse:
-    """A picture of a reply's prompt, and where its look came from."""
-
-    key: str
-    source: Literal["encoded", "store", "file"]
-    rows: int
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """An answer. `finish_reason` is `stop` where the model or a stop text ended it, `length` where a
-    limit did, `closed` where the stream was not read to its end."""
-
-    text: str
-    finish_reason: FinishReason
-    usage: Usage
-    timings: Timings
-    images: tuple[ImageUse, ...]
-
-    def __str__(self) -> str:
-        return self.text
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """One question on its way: when it came, when its pictures had been looked at, and what to do with the answer."""
-
-    started: float
-    looked: float
-    looks: tuple[ImageEmbedding, ...]
-    turn: Turn
-    answered: Callable[[str], None]
 
 
 class ReplyStream(Iterator[str]):
@@ -101,157 +34,67 @@ class ReplyStream(Iterator[str]):
     A stream that is forgotten is closed.
     """
 
-    _open = False
     _settled = False
 
-    def __init__(self, engine: Engine, sampling: Sampling, asked: _Asked) -> None:
+    def __init__(self, engine: Engine, sampling: Sampling, asked: Asked) -> None:
         self._engine = engine
-        self._turn = asked.turn
-        self._sampling = sampling
-        self._asked = asked
-        self._sampler: Final = engine.sampler(sampling, asked.turn.prompt)
-        self._text = _StoppedText(sampling.stop_texts)
-        self._finish: FinishReason = "closed"
-        self._first = self._last = asked.looked
-        self._token: int | None = None
-        self._open = True
+        answer = Answer(engine, sampling, asked)
+        _ = answer.sampler  # a grammar that cannot be used is refused now
+        self._answer = answer
 
     def __next__(self) -> str:
-        while self._open:
+        answer = self._answer
+        while answer.open:
             try:
-                piece = self._advance()
+                piece = answer.take(self._draw())
             except BaseException as error:
                 if isinstance(error, ClosedError) and self._is_closed():  # by another thread, meanwhile
                     break
-                self.drop()
+                answer.drop()
                 raise
             if piece:
                 return piece
         self._settle()
         raise StopIteration
 
+    def _is_closed(self) -> bool:
+        return not self._answer.open
+
+    def _draw(self) -> int:
+        answer = self._answer
+        if answer.token is None:
+            return self._engine.first_token(answer.turn, answer.sampler)
+        return self._engine.next_token(answer.turn, answer.sampler, answer.token)
+
     def _settle(self) -> None:
         # Not in drop(), which the garbage collector may call while this thread holds the engine's lock.
         if not self._settled:
             self._settled = True
-            self._engine.settle(self._turn)
-
-    def _is_closed(self) -> bool:
-        return not self._open
-
-    def _advance(self) -> str:
-        """Generate one token; give the text that is certain by it."""
-        engine, turn = self._engine, self._turn
-        token = self._draw()
-        if engine.text.ends_generation(token):
-            return self._end("stop")
-        self._token = token
-        turn.n_drawn += 1
-        # A grammar takes a control token for the text of its name.
-        piece = self._text.add(engine.text.piece(token, special=self._sampling.has_grammar))
-        if self._text.stopped:
-            return piece + self._end("stop")
-        if turn.n_drawn == self._sampling.max_tokens or turn.n_cells + 1 >= engine.n_ctx:
-            return piece + self._end("length")
-        return piece
-
-    def _draw(self) -> int:
-        if self._token is None:
-            token = self._engine.first_token(self._turn, self._sampler)
-            self._first = self._last = time.perf_counter()
-        else:
-            token = self._engine.next_token(self._turn, self._sampler, self._token)
-            self._last = time.perf_counter()
-        return token
-
-    def _end(self, reason: FinishReason) -> str:
-        piece = self._text.rest()
-        self._finish = reason
-        self.drop()
-        self._asked.answered(self._text.given)
-        return piece
+            self._engine.settle(self._answer.turn)
 
     def drop(self) -> None:
         """Stop generating as if the question had not been asked: the turn does not count. May be called twice."""
-        if self._open:
-            self._open = False
-            self._turn.end()
-            self._sampler.close()
+        self._answer.drop()
 
     @property
     def reply(self) -> Reply:
         """The reply so far; whole once the loop has ended."""
-        prompt = self._turn.prompt
-        return Reply(
-            text=self._text.given,
-            finish_reason=self._finish,
-            usage=Usage(
-                *(prompt.n_tokens, prompt.n_rows, self._turn.n_drawn, self._turn.reused_cells), self._turn.origin
-            ),
-            timings=Timings(
-                look_s=self._asked.looked - self._asked.started,
-                prefill_s=self._first - self._asked.looked,
-                first_token_s=self._first - self._asked.started,
-                generation_s=self._last - self._first,
-            ),
-            images=tuple(ImageUse(look.key, look.source, look.n_rows) for look in self._asked.looks),
-        )
+        return self._answer.reply
 
     def close(self) -> None:
         """Stop generating; the turn counts as far as it came, if it began. May be called twice."""
-        self._stop()
+        self._answer.close()
         self._settle()
 
-    def _stop(self) -> None:
-        if self._open:
-            self.drop()
-            if self._token is not None:
-                self._asked.answered(self._text.given)
-
     def __del__(self) -> None:
-        self._stop()
+        if hasattr(self, "_answer"):  # else it was refused when it was made
+            self._answer.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
-
-
-class _StoppedText:
-    """Turns the bytes of tokens into text, and holds back what could be the beginning of a stop text."""
-
-    def __init__(self, stops: tuple[str, ...]) -> None:
-        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        self._stops = stops
-        self._held = ""
-        self.given = ""
-        self.stopped = False
-
-    def add(self, data: bytes) -> str:
-        """Take a token's bytes; give the text that is certain."""
-        self._held += self._decoder.decode(data)
-        if found := [place for stop in self._stops if (place := self._held.find(stop)) >= 0]:
-            self.stopped = True
-            return self._give(min(found), dropped=True)
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        return self._give(len(self._held) - keep)
-
-    def rest(self) -> str:
-        """Give what was held back; a text cut inside a character ends in a replacement character."""
-        if not self.stopped:
-            self._held += self._decoder.decode(b"", final=True)
-        return self._give(len(self._held))
-
-    def _give(self, length: int, *, dropped: bool = False) -> str:
-        piece, self._held = self._held[:length], "" if dropped else self._held[length:]
-        self.given += piece
-        return piece
-
-
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that begins `stop`."""
-    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)
 
 
 class HasEngine(Protocol):
@@ -276,14 +119,10 @@ class Chat:
         system: str | None = None,
         look: LookOptions | None = None,
     ) -> None:
-        if system is not None and not isinstance(system, str):
-            raise PromptError(f"system is a {type(system).__name__}: give a text")
-        self._messages: list[Message] = [] if system is None else [Message("system", (system,))]
-        for message in self._messages:
-            engine.template.refuse_markup(message)
+        self._messages = opening(engine, system)
         self._engine = engine
         self._look = look or LookOptions()
-        self._waiting: tuple[PictureSource | ImageEmbedding, ...] = _checked_images(images)
+        self._waiting: tuple[PictureSource | ImageEmbedding, ...] = checked_images(images)
         self._known: dict[str, ImageEmbedding] = {}
         self._under_way: weakref.ref[ReplyStream] | None = None
         self._held: tuple[Unit, ...] = ()  # what was evaluated for the last turn
@@ -329,7 +168,7 @@ class Chat:
         started = time.perf_counter()
         sampling = Sampling(**options)
         self._close_stream()
-        new, message = self._place(prompt, (*self._waiting, *_checked_images(images)))
+        new, message = self._place(prompt, (*self._waiting, *checked_images(images)))
         looked = time.perf_counter()
         messages = [*self._messages, message]
         whole = self._engine.prompt(messages)
@@ -342,7 +181,7 @@ class Chat:
             self._waiting = ()
             self._held = turn.units
 
-        asked = _Asked(started, looked, _looks_in(messages), turn, answered)
+        asked = Asked(started, looked, _looks_in(messages), turn, answered)
         stream_ = ReplyStream(self._engine, sampling, asked)
         if stream:
             self._under_way = weakref.ref(stream_)
@@ -435,7 +274,18 @@ def _looks_in(messages: Sequence[Message]) -> tuple[ImageEmbedding, ...]:
     return tuple(part for part in parts if isinstance(part, ImageEmbedding))
 
 
-def _checked_images(images: Images) -> tuple[PictureSource | ImageEmbedding, ...]:
+def opening(engine: Engine, system: str | None) -> list[Message]:
+    """The messages before the first question. Raises PromptError for a system prompt that cannot be used."""
+    if system is not None and not isinstance(system, str):
+        raise PromptError(f"system is a {type(system).__name__}: give a text")
+    messages = [] if system is None else [Message("system", (system,))]
+    for message in messages:
+        engine.template.refuse_markup(message)
+    return messages
+
+
+def checked_images(images: Images) -> tuple[PictureSource | ImageEmbedding, ...]:
+    """The pictures as a tuple. Raises PromptError for anything else than a list of them."""
     if isinstance(images, str | bytes | PathLike | ImageEmbedding | Image.Image | np.ndarray):
         raise PromptError(f"images is one {type(images).__name__}: give a list of pictures, even for one")
     if not isinstance(images, Iterable):

@@ -11,11 +11,11 @@ from pathlib import Path
 
 from PIL import Image
 
-from lookonce.chat import Reply
 from lookonce.drawing import draw_scene
 from lookonce.errors import InputError
 from lookonce.images import open_picture, read_source
 from lookonce.model import Model
+from lookonce.reply import Reply
 from lookonce.store import Store
 
 __all__ = ["DemoResult", "open_or_draw", "run_demo"]

@@ -29,8 +29,9 @@ from lookonce.native.text import Context, ContextOptions, KvType, TextModel
 from lookonce.prefix_store import STATE_MODES, PrefixStore, StateMode
 from lookonce.prompt import ChatTemplate, Message, Part, Prompt, Unit, assemble, count
 from lookonce.sampling import Sampling
-from lookonce.sequences import Sequences, Turn, refuse_overflow
+from lookonce.sequences import Sequences
 from lookonce.store import Store
+from lookonce.turn import Turn, refuse_overflow
 
 logger = logging.getLogger(__name__)
 
@@ -207,7 +208,7 @@ class Engine:
 
     def first_token(self, turn: Turn, sampler: Sampler) -> int:
         """Evaluate a turn's prompt and draw what follows."""
-        self._fetch(turn.prompt)
+        self.fetch(turn.prompt)
         with self.lock, self._sequences_reset_on_failure() as sequences:
             sequences.begin(turn)
             return sampler.sample(self._open_context())
@@ -218,7 +219,7 @@ class Engine:
             sequences.extend(turn, token)
             return sampler.sample(self._open_context())
 
-    def _fetch(self, prompt: Prompt) -> None:
+    def fetch(self, prompt: Prompt) -> None:
         """Get the state of a prompt's beginning from the store, where that spares work."""
         if self._states is None or self._kept is None or not prompt.picture_ends:
             return
@@ -229,8 +230,14 @@ class Engine:
             with self.lock:
                 self._kept.add(state)
 
-    def settle(self, turn: Turn) -> None:
-        """Once a turn's answer is out: keep in the store what was evaluated for it and is not there."""
+    @contextmanager
+    def together(self) -> Iterator[tuple[Sequences, Context]]:
+        """The sequences and their context, for native work on several turns at once; no one else's comes between."""
+        with self.lock, self._sequences_reset_on_failure() as sequences:
+            yield sequences, self._open_context()
+
+    def settle(self, turn: Turn | None = None) -> None:
+        """Once a turn's answer is out: keep in the store what was evaluated for it, or for all, and is not there."""
         if self._states is None or self._states.reads_only:
             return
         with self.lock:

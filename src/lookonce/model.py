@@ -1,23 +1,26 @@
 """Loading a model, and the one object that answers for it."""
 
 import os
+from collections.abc import Sequence
 from os import PathLike, fspath
 from types import TracebackType
 from typing import Final, Literal, overload
 
 from typing_extensions import Self, Unpack
 
+from lookonce.ask_many import ReplyStreams, begin_many
 from lookonce.cards import ModelCard
-from lookonce.chat import Chat, Images, Reply, ReplyStream
+from lookonce.chat import Chat, Images, ReplyStream, checked_images
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine, LoadOptions
-from lookonce.errors import InputError
+from lookonce.errors import InputError, PromptError
 from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, RowType
 from lookonce.model_files import ModelFiles, find_files
 from lookonce.native.text import KvType
 from lookonce.prefix_store import StateMode
-from lookonce.sampling import SamplingOptions
+from lookonce.reply import Reply
+from lookonce.sampling import Sampling, SamplingOptions
 from lookonce.store import Store
 from lookonce.trial import try_model
 
@@ -136,6 +139,67 @@ class Model:
     ) -> Chat:
         """Begin a conversation; `images` belong to its first turn, and later turns may bring more."""
         return Chat(self.engine, images=images, system=system, look=LookOptions(min_pixels, max_pixels))
+
+    @overload
+    def ask_many(
+        self,
+        prompts: Sequence[str],
+        images: Images = (),
+        *,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        stream: Literal[False] = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Reply]: ...
+
+    @overload
+    def ask_many(
+        self,
+        prompts: Sequence[str],
+        images: Images = (),
+        *,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        stream: Literal[True],
+        **options: Unpack[SamplingOptions],
+    ) -> ReplyStreams: ...
+
+    def ask_many(
+        self,
+        prompts: Sequence[str],
+        images: Images = (),
+        *,
+        system: str | None = None,
+        min_pixels: int | None = None,
+        max_pixels: int | None = None,
+        stream: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> list[Reply] | ReplyStreams:
+        """Ask many questions about the same pictures, or about none; give the replies in the order of the questions.
+
+        Each question is one of its own, as `ask` asks it, with the same options; what they begin with is evaluated
+        once, and up to 32 answers go on together, the next question taking the place of one that has finished. Sums
+        are rounded otherwise than one after the other, so that near the edge a word may differ.
+
+        stream: give pairs of a question's number, from 0, and a piece of its reply, as they are generated;
+            `ReplyStreams.replies` has the replies.
+
+        Raises what `ask` raises, with the number of the question, before any is answered.
+        """
+        if isinstance(prompts, str) or not isinstance(prompts, Sequence):
+            raise PromptError(f"prompts is a {type(prompts).__name__}: give a list of questions")
+        look = LookOptions(min_pixels, max_pixels)
+        streams = begin_many(
+            self.engine, prompts, checked_images(images), system=system, options=look, sampling=Sampling(**options)
+        )
+        if stream:
+            return streams
+        with streams:
+            for _ in streams:
+                pass
+        return streams.replies
 
     def close(self) -> None:
         """Free everything the model holds; may be called twice."""

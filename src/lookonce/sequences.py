@@ -9,127 +9,39 @@ whole conversation evaluated afresh up to rounding, as has a stream that goes on
 """
 
 import logging
-import weakref
-from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence, Set
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 
-from lookonce.errors import ContextError, NativeError
-from lookonce.held import START, Held, Mark, calls
+from lookonce.errors import NativeError
+from lookonce.held import START, Mark, calls
 from lookonce.kept_state import KeptState, KeptStates, Origin
 from lookonce.native.cache import read_state, span, state_size, write_state
 from lookonce.native.text import Context
 from lookonce.prompt import Prompt, Run, TokenRun, Unit
+from lookonce.turn import Cells, Slot, Turn, refuse_overflow
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(slots=True, eq=False)
-class _Cells:
-    """The cells that one native call filled, and how many sequences hold them."""
+class _Move:
+    """What one turn has to be evaluated for its next token; no run where that is a picture."""
 
-    count: int
-    holders: int = 1
-
-
-@dataclass(slots=True, eq=False)
-class _Slot(Held):
-    """One sequence of the context, and whose it is.
-
-    `sound` is False while a native call changes it, and stays so if that call breaks off. `owed` is the end of the
-    last picture of a prompt that was evaluated here, until the state up to there has been read out.
-    """
-
-    number: int = 0
-    cells: list[_Cells] = field(default_factory=list)
-    turn: "Turn | None" = None
-    owed: Mark | None = None
-    last_use: int = 0
-    sound: bool = True
+    number: int
+    turn: Turn
+    run: TokenRun | None
+    generated: bool = False
 
     @property
-    def owner(self) -> "Turn | None":
-        """The turn that is under way here."""
-        return None if self.turn is None or self.turn.ended or self.turn.slot is not self else self.turn
+    def tokens(self) -> tuple[int, ...]:
+        return () if self.run is None else self.run.tokens
 
-    def let_go(self, mark: Mark) -> int:
-        """Record that everything after `mark` was dropped; give the number of cells that nobody holds any more."""
-        freed, spare = 0, self.n_cells - mark.n_cells
-        while spare:
-            cells = self.cells.pop()
-            spare -= cells.count
-            cells.holders -= 1
-            freed += 0 if cells.holders else cells.count
-        self.cut(mark)
-        if self.owed is not None and self.owed.n_units > mark.n_units:
-            self.owed = None
-        return freed
-
-    def share(self, other: "_Slot", mark: Mark) -> None:
-        """Become a copy, on the same cells, of what `other` holds up to `mark`."""
-        self.take_over(other, mark)
-        wanted = mark.n_cells
-        for cells in other.cells:
-            if not wanted:
-                break
-            wanted -= cells.count
-            cells.holders += 1
-            self.cells.append(cells)
-
-
-@dataclass(slots=True, eq=False)
-class Turn:
-    """One reply in the making: its prompt, the generated tokens that were evaluated, and the sequence that holds both.
-
-    `n_drawn` also counts the token drawn last, which is evaluated only when another is wanted. `conversation` is what
-    the turn belongs to, where that may go on; as long as it lives, what it holds is worth keeping.
-    """
-
-    prompt: Prompt
-    conversation: "weakref.ref[Any] | None" = None
-    generated: list[int] = field(default_factory=list)
-    n_drawn: int = 0
-    reused_cells: int = 0
-    origin: Origin = "evaluated"
-    slot: _Slot | None = None
-    ended: bool = False
-
-    @property
-    def n_cells(self) -> int:
-        """Cells of the context that the turn takes."""
-        return self.prompt.n_tokens + self.prompt.n_rows + len(self.generated)
-
-    @property
-    def runs(self) -> tuple[Run, ...]:
-        """The prompt and what was generated after it."""
-        return (*self.prompt.runs, *([TokenRun(tuple(self.generated))] if self.generated else ()))
-
-    @property
-    def units(self) -> tuple[Unit, ...]:
-        """The same as it is compared with other prompts."""
-        return tuple(Prompt(self.runs).units())
-
-    @property
-    def wanted(self) -> bool:
-        """Whether it may go on."""
-        return not self.ended or (self.conversation is not None and self.conversation() is not None)
-
-    def end(self) -> None:
-        """Let go of the turn's sequence. Takes no lock, so that a forgotten stream may be collected anywhere."""
-        self.ended = True
-
-
-def refuse_overflow(n_tokens: int, n_rows: int, n_ctx: int) -> None:
-    """Raise ContextError where a prompt leaves no room for an answer."""
-    if n_tokens + n_rows >= n_ctx:
-        smaller = "make the pictures smaller with max_pixels" if n_rows > n_tokens else "shorten it"
-        raise ContextError(
-            f"the prompt has {n_tokens} tokens and {n_rows} image rows, but the context holds {n_ctx} with at least "
-            f"one for the answer: {smaller}, or load the model with a larger n_ctx"
-        )
+    def __len__(self) -> int:
+        return len(self.tokens)
 
 
 class Sequences:
@@ -143,7 +55,7 @@ class Sequences:
 
     def __init__(self, context: Context, count: int, kept: KeptStates | None = None, *, owes: bool = False) -> None:
         self._context = context
-        self._slots = [_Slot(number=number) for number in range(count)]
+        self._slots = [Slot(number=number) for number in range(count)]
         self._spare = count
         self._kept = kept
         self._owes = owes
@@ -217,13 +129,89 @@ class Sequences:
         self._make_room(1, slot)
         self._evaluate(slot, TokenRun((token,)), wanted=True, generated=True)
 
-    def _slot_of(self, turn: Turn) -> _Slot | None:
+    # --- several turns in one batch
+
+    def missing_cells(self, turn: Turn) -> int:
+        """How many cells a turn that is to begin would add to those that are taken."""
+        units, cuts = list(turn.units), self._cuts(turn.runs)
+        held = [slot.reusable(units, cuts).n_cells for slot in self._slots if slot.sound]
+        return turn.n_cells - max(held, default=0)
+
+    def reserve(self, n_cells: int) -> bool:
+        """Whether so many cells are free, once what no turn needs has left the context."""
+        if self.room < n_cells:
+            for slot in self._slots:
+                if slot.owner is None and (slot.units or not slot.sound):
+                    self._vacate(slot)
+        return self.room >= n_cells
+
+    def release(self, turn: Turn) -> None:
+        """Take a turn's sequence from it; it is restored or evaluated again when it goes on."""
+        if turn.slot is not None and turn.slot.turn is turn:
+            self._vacate(turn.slot)
+
+    def advance(self, moves: Sequence[tuple[Turn, int | None]]) -> Iterator[list[tuple[int, int]]]:
+        """Evaluate a token more of several turns, None where a turn begins, as many as possible in one call.
+
+        Gives after each call which moves it finished, by their places in `moves`, and where their logits are, which
+        the next call overwrites. Whoever gives more turns than sequences or cells has them evaluated one by one.
+        """
+        waiting: list[_Move] = []
+        for number, (turn, token) in enumerate(moves):
+            move = self._begin_move(number, turn, token)
+            if move.run is None or sum(map(len, waiting)) + len(move) > self._context.batch_size:
+                yield from self._finish_moves(waiting)
+                waiting = []
+            waiting.append(move)
+        yield from self._finish_moves(waiting)
+
+    def _begin_move(self, number: int, turn: Turn, token: int | None) -> _Move:
+        if token is not None:
+            turn.generated.append(token)
+        slot = self._slot_of(turn)
+        if token is not None and slot is not None:
+            self._own(slot, turn)
+            return _Move(number, turn, TokenRun((token,)), generated=True)
+        last = self.prepare(turn)
+        return _Move(number, turn, last if isinstance(last, TokenRun) else None)
+
+    def _finish_moves(self, moves: list[_Move]) -> Iterator[list[tuple[int, int]]]:
+        together = [(move, slot) for move in moves if move.run is not None and (slot := self._slot_of(move.turn))]
+        if together:
+            yield self._evaluate_together(together)
+        done = {move.number for move, _ in together}
+        for move in moves:  # a prompt that ends with a picture, or a turn whose sequence another of these took
+            if move.number not in done:
+                self.begin(move.turn)
+                yield [(move.number, -1)]
+
+    def _evaluate_together(self, moves: list[tuple[_Move, Slot]]) -> list[tuple[int, int]]:
+        slots = [slot for _, slot in moves]
+        lengths = [len(move) for move, _ in moves]
+        self._make_room(sum(lengths), *slots)
+        tokens = np.array([token for move, _ in moves for token in move.tokens], dtype=np.int32)
+        sequences = np.repeat(np.array([slot.number for slot in slots], dtype=np.int32), lengths)
+        positions = np.concatenate(
+            [np.arange(slot.position, slot.position + len(move), dtype=np.int32) for move, slot in moves]
+        )
+        ends = np.cumsum(lengths) - 1
+        outputs = np.zeros(len(tokens), dtype=np.bool_)
+        outputs[ends] = True
+        for slot in slots:
+            slot.sound = False
+        self._context.decode_many(tokens, positions, sequences, outputs)
+        for move, slot in moves:
+            self._hold(slot, TokenRun(move.tokens), generated=move.generated)
+            slot.sound = True
+        return [(move.number, int(end)) for (move, _), end in zip(moves, ends, strict=True)]
+
+    def _slot_of(self, turn: Turn) -> Slot | None:
         slot = turn.slot
         return slot if slot is not None and slot.turn is turn and slot.sound else None
 
     # --- which sequence a turn gets, and what it finds there
 
-    def _choose(self, units: list[Unit], cuts: Set[int]) -> _Slot:
+    def _choose(self, units: list[Unit], cuts: Set[int]) -> Slot:
         self._leave_ended()
         free = [slot for slot in self._slots if slot.owner is None]
         if not free:
@@ -236,13 +224,13 @@ class Sequences:
             if slot.owner is None and (slot.units or not slot.sound):
                 self._vacate(slot)
 
-    def _own(self, slot: _Slot, turn: Turn) -> None:
+    def _own(self, slot: Slot, turn: Turn) -> None:
         self._clock += 1
         slot.last_use = self._clock
         slot.turn = turn
         turn.slot = slot
 
-    def _place(self, slot: _Slot, turn: Turn, units: list[Unit], cuts: Set[int]) -> tuple[Mark, Origin]:
+    def _place(self, slot: Slot, turn: Turn, units: list[Unit], cuts: Set[int]) -> tuple[Mark, Origin]:
         """Let a slot hold as much of `units` as there is anywhere; give up to where, and where it was."""
         here = slot.reusable(units, cuts) if slot.sound else START
         others = [one for one in self._slots if one is not slot and one.sound]
@@ -268,7 +256,7 @@ class Sequences:
     def _best_kept(self, units: Sequence[Unit], cuts: Set[int]) -> tuple[KeptState | None, Mark]:
         return (None, START) if self._kept is None else self._kept.best(units, cuts)
 
-    def _restore(self, slot: _Slot, kept: KeptState) -> bool:
+    def _restore(self, slot: Slot, kept: KeptState) -> bool:
         self._make_room(kept.held.n_cells, slot)
         slot.sound = False
         try:
@@ -282,14 +270,14 @@ class Sequences:
         slot.take_over(kept.held, kept.held.end)
         # One entry for each mark: only whole ones are ever let go.
         ends = [mark.n_cells for mark in slot.marks]
-        slot.cells = [_Cells(stop - start) for start, stop in pairwise(ends)]
+        slot.cells = [Cells(stop - start) for start, stop in pairwise(ends)]
         self._taken += slot.n_cells
         slot.sound = True
         if self._kept is not None:
             self._kept.use(kept)
         return True
 
-    def _copy(self, source: _Slot, target: _Slot, mark: Mark) -> Mark:
+    def _copy(self, source: Slot, target: Slot, mark: Mark) -> Mark:
         target.sound = False
         self._context.copy(source.number, target.number, stop=mark.position)
         if span(self._context, target.number)[1] >= mark.position:  # a recurrent memory cannot be cut
@@ -299,7 +287,7 @@ class Sequences:
         target.sound = True
         return mark
 
-    def _cut_back(self, slot: _Slot, mark: Mark) -> Mark:
+    def _cut_back(self, slot: Slot, mark: Mark) -> Mark:
         if mark is START:
             self._clear(slot)
         elif mark.n_units < len(slot.units):
@@ -311,17 +299,17 @@ class Sequences:
             slot.sound = True
         return mark
 
-    def _clear(self, slot: _Slot) -> None:
+    def _clear(self, slot: Slot) -> None:
         slot.sound = False
         self._context.forget(slot.number)
         self._taken -= slot.let_go(START)
         slot.sound = True
 
-    def _make_room(self, n_cells: int, keep: _Slot) -> None:
-        """Free cells until `n_cells` more fit beside what `keep` holds."""
+    def _make_room(self, n_cells: int, *keep: Slot) -> None:
+        """Free cells until `n_cells` more fit beside what `keep` hold."""
         if self._taken + n_cells <= self._context.n_ctx and all(slot.sound for slot in self._slots):
             return
-        others = [slot for slot in self._slots if slot is not keep and (slot.units or not slot.sound)]
+        others = [slot for slot in self._slots if slot not in keep and (slot.units or not slot.sound)]
         others.sort(key=lambda slot: (slot.owner is not None, slot.last_use))
         for slot in others:
             if not slot.sound or self._taken + n_cells > self._context.n_ctx:
@@ -329,12 +317,12 @@ class Sequences:
 
     # --- what is kept of what leaves
 
-    def _vacate(self, slot: _Slot) -> None:
+    def _vacate(self, slot: Slot) -> None:
         self._leave(slot, START, None)
         slot.turn = None
         self._clear(slot)
 
-    def _leave(self, slot: _Slot, mark: Mark, following: Turn | None) -> None:
+    def _leave(self, slot: Slot, mark: Mark, following: Turn | None) -> None:
         """Before a slot loses what follows `mark`: keep as bytes what may be wanted again."""
         if self._kept is None or not slot.sound:
             return
@@ -349,7 +337,7 @@ class Sequences:
         if not goes_on and slot.end.n_cells == slot.n_cells:
             self._keep(slot, slot.end)
 
-    def _keep(self, slot: _Slot, mark: Mark) -> KeptState | None:
+    def _keep(self, slot: Slot, mark: Mark) -> KeptState | None:
         state = self._read(slot, mark)
         if state is not None and self._kept is not None:
             self._kept.add(state)
@@ -370,7 +358,7 @@ class Sequences:
                 found += [] if state is None else [state]
         return found
 
-    def _owe(self, slot: _Slot, prompt: Prompt, reused: Mark) -> None:
+    def _owe(self, slot: Slot, prompt: Prompt, reused: Mark) -> None:
         end = prompt.picture_ends[-1] if prompt.picture_ends else 0
         if self._kept is not None and reused.n_units < end:
             slot.owed = next((mark for mark in slot.marks if mark.n_units == end), None)
@@ -386,7 +374,7 @@ class Sequences:
             return kept
         return self._read(slot, mark) if mark.n_units else None
 
-    def _read(self, slot: _Slot, mark: Mark) -> KeptState | None:
+    def _read(self, slot: Slot, mark: Mark) -> KeptState | None:
         """What a slot holds up to `mark`; None where the memory of this model cannot be read out so."""
         number = slot.number
         held = slot.held_until(mark)
@@ -415,7 +403,7 @@ class Sequences:
         lengths = (len(call.tokens) if isinstance(call, TokenRun) else 1 for call in each)
         return frozenset(accumulate(lengths, initial=0))
 
-    def _evaluate(self, slot: _Slot, run: Run, *, wanted: bool = False, generated: bool = False) -> None:
+    def _evaluate(self, slot: Slot, run: Run, *, wanted: bool = False, generated: bool = False) -> None:
         """One native call. The slot counts as unsound until its record agrees with the cache again."""
         slot.sound = False
         outputs: Literal["last", "none"] = "last" if wanted else "none"
@@ -427,7 +415,7 @@ class Sequences:
         self._hold(slot, run, generated=generated)
         slot.sound = True
 
-    def _hold(self, slot: _Slot, run: Run, *, generated: bool) -> None:
+    def _hold(self, slot: Slot, run: Run, *, generated: bool) -> None:
         n_cells = slot.hold(run, generated=generated)
-        slot.cells.append(_Cells(n_cells))
+        slot.cells.append(Cells(n_cells))
         self._taken += n_cells

@@ -81,31 +81,32 @@ class Sampler:
             raise PromptError(f"the grammar cannot be used ({reason}): give GBNF with a rule named root")
         return Handle(handle, llama.llama_sampler_free, "the grammar", needs=self._model.native)
 
-    def sample(self, context: Context) -> int:
-        """Draw the token that follows the last evaluated one, and remember it."""
+    def sample(self, context: Context, index: int = -1) -> int:
+        """Draw the token that follows the one at `index` of the last batch, -1 the last one; and remember it."""
         with self._in_use:
-            token = self._sample(context)
+            token = self._sample(context, index)
         if self._closing:
             self.close()
         return token
 
-    def _sample(self, context: Context) -> int:
+    def _sample(self, context: Context, index: int) -> int:
         chain, grammar = self._chain.pointer, self._grammar
-        context.logits()  # the native call below aborts the process where there are none, or none that are numbers
+        # The native call below aborts the process where there are none, or none that are numbers.
+        context.check_logits(index)
         if grammar is None:
-            return int(llama.llama_sampler_sample(chain, context.handle, -1))
+            return int(llama.llama_sampler_sample(chain, context.handle, index))
         # As llama.cpp's own tools do: the grammar is slow over a whole vocabulary, and what the chain would take
         # anyway is allowed more often than not.
-        token = self._draw(context, None)
+        token = self._draw(context, index, None)
         if not _allows(grammar, token):
-            token = self._draw(context, grammar)
+            token = self._draw(context, index, grammar)
         if not self._model.ends_generation(token):
             llama.llama_sampler_accept(grammar.pointer, token)
         llama.llama_sampler_accept(chain, token)
         return token
 
-    def _draw(self, context: Context, grammar: Handle | None) -> int:
-        logits = context.logits()
+    def _draw(self, context: Context, index: int, grammar: Handle | None) -> int:
+        logits = context.logits(index)
         candidates = np.zeros(len(logits), dtype=_CANDIDATE)
         candidates["id"] = np.arange(len(logits), dtype=np.int32)
         candidates["logit"] = logits

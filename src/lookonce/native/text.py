@@ -384,10 +384,17 @@ class Context:
 
     def logits(self, index: int = -1) -> NDArray[np.float32]:
         """Copy one row of logits, (vocabulary,), of the last evaluated batch; -1 is the last kept row."""
+        return np.array(self._row(index), dtype=np.float32)
+
+    def check_logits(self, index: int = -1) -> None:
+        """Raise what `logits` raises, without the copy."""
+        self._row(index)
+
+    def _row(self, index: int) -> NDArray[np.float32]:
         row = llama.llama_get_logits_ith(self.handle, index)
         if not row:
             raise NativeError(f"no logits were kept at index {index}")
-        logits = np.array(np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,)), dtype=np.float32)
+        logits = np.ctypeslib.as_array(row, shape=(self._model.vocabulary_size,))
         if np.isnan(logits).any():
             raise NativeError(
                 f"{self._model.path.name} gave logits that are not numbers: the file is damaged, fetch it again"
