@@ -17,7 +17,9 @@ from numpy.typing import NDArray
 
 from lookonce.peak_memory import peak_bytes
 
-__all__ = ["PEERS", "Job", "Measured", "make_inputs", "make_pictures", "make_reference", "work"]
+__all__ = ["PEERS", "REFERENCE", "Job", "Measured", "make_inputs", "make_pictures", "make_reference", "work"]
+
+REFERENCE = "transformers"  # which reads no GGUF
 
 _PADDED_TOKENS = 2048  # of one transformers batch, padding included: more was not faster, and takes memory
 
@@ -285,7 +287,7 @@ def make_inputs(
 PEERS: dict[str, Callable[[Job], tuple[float, float]]] = {
     "lookonce": _lookonce,
     "llama-cpp-python": _llama,
-    "transformers": _transformers,
+    REFERENCE: _transformers,
 }
 
 
