@@ -23,7 +23,7 @@ import lookonce
 from bench_peer import PEERS, REFERENCE, Job, Measured, make_pictures
 from lookonce.engine import physical_cores
 from lookonce.prompt import TokenRun
-from lookonce.synthetic.pair import make_pair
+from lookonce.synthetic.pair import find_pair, make_pair
 
 __all__ = ["CASES", "Case"]
 
@@ -178,13 +178,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
 
 def _find_pair(options: argparse.Namespace, type: str) -> tuple[Path, Path]:
     """A made pair, from an earlier run where there is one."""
-    stem = f"Qwen3VL-{options.shape}-seed0"
-    pair = options.folder / f"{stem}-{type}.gguf", options.folder / f"mmproj-{stem}-F16.gguf"
-    if all(path.exists() for path in pair):
-        return pair
+    found = find_pair(options.folder, shape=options.shape, type=type, mmproj_type="F16")
+    if found is not None:
+        return found
     print(f"making a {options.shape} model of type {type} in {options.folder}", flush=True)
-    text, projector = make_pair(options.folder, shape=options.shape, type=type, mmproj_type="F16")
-    return text, projector
+    return make_pair(options.folder, shape=options.shape, type=type, mmproj_type="F16")
 
 
 def main(arguments: Sequence[str]) -> int:
