@@ -15,12 +15,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import lookonce
-from bench_peer import PEERS, Job, Measured, make_pictures
+from bench_peer import PEERS, REFERENCE, Job, Measured, make_pictures
 from lookonce.engine import physical_cores
 from lookonce.prompt import TokenRun
 from make_model import make_pair
@@ -43,8 +43,10 @@ class Case:
 
     @property
     def peers(self) -> tuple[str, ...]:
-        """Who can do it: `Llama.embed` takes no pictures."""
-        return tuple(peer for peer in PEERS if not (self.size[0] and peer == "llama-cpp-python"))
+        """Who can do it: `Llama.embed` takes no pictures, and nobody else keeps what was seen."""
+        if self.seen:
+            return ("lookonce",)
+        return ("lookonce", REFERENCE) if self.size[0] else tuple(PEERS)
 
 
 CASES = (
@@ -84,47 +86,66 @@ def run_peer(job: Job, folder: Path) -> Measured:
     return Measured(**json.loads(found.stdout.splitlines()[-1]))
 
 
-def compare(case: Case, job: Job, peers: Sequence[str], rounds: int, folder: Path) -> None:
-    """Measure a case with every peer in turn, and print a line for each."""
-    measured: dict[str, list[Measured]] = {peer: [] for peer in peers if peer in case.peers}
+def compare(case: Case, jobs: Mapping[str, Job], peers: Sequence[str], rounds: int, folder: Path) -> None:
+    """Measure a case on every model file, given by name, the peers in turn, and print a line for each.
+
+    transformers has its own weights whatever the file, so it takes its turn once in a round.
+    """
+    turns = [(name, peer) for name in jobs for peer in peers if peer in case.peers and peer != REFERENCE]
+    if REFERENCE in peers and REFERENCE in case.peers:
+        turns.append((next(iter(jobs)), REFERENCE))
+    measured: dict[tuple[str, str], list[Measured]] = {turn: [] for turn in turns}
     for _ in range(rounds):
-        for peer, found in measured.items():
-            found.append(run_peer(replace(job, peer=peer), folder))
-    count = len(job.texts) or len(job.pictures)
-    for peer, found in measured.items():
-        seconds = statistics.median(one.seconds for one in found)
-        ratios = [other.seconds / own.seconds for other, own in zip(found, measured["lookonce"], strict=True)]
-        share = statistics.median(one.python_seconds / one.seconds for one in found)
-        print(
-            f"{case.name:<24}{peer:<18}{count:>6}{seconds:>10.2f} s{count / seconds:>10.2f} /s"
-            f"{'' if peer == 'lookonce' else f'{statistics.median(ratios):.2f} x':>10}"
-            f"{f'{share:.1%}' if peer == 'lookonce' else '':>10}{max(one.peak_bytes for one in found) / 1e9:>9.2f} GB",
-            flush=True,
-        )
+        for name, peer in turns:
+            measured[name, peer].append(run_peer(replace(jobs[name], peer=peer), folder))
+    for name, job in jobs.items():
+        for (of, peer), found in measured.items():
+            if of == name or peer == REFERENCE:
+                count = len(job.texts) or len(job.pictures)
+                print(f"{case.name:<24}{name:<8}{peer:<18}{count:>6}", end="")
+                print(_figures(count, found, None if peer == "lookonce" else measured[name, "lookonce"]), flush=True)
 
 
-def bench(files: tuple[Path, Path], options: argparse.Namespace, peers: Sequence[str]) -> None:
-    """Measure every chosen case on one pair of files."""
-    text, projector = files
-    print(f"\n{text.name} {text.stat().st_size / 1e9:.2f} GB, {projector.name} {projector.stat().st_size / 1e9:.2f} GB")
-    print(f"{'case':<24}{'peer':<18}{'items':>6}{'time':>12}{'rate':>13}{'ours is':>10}{'Python':>10}{'peak':>12}")
+def _figures(count: int, found: Sequence[Measured], ours: Sequence[Measured] | None) -> str:
+    seconds = statistics.median(one.seconds for one in found)
+    ratio = python = ""
+    if ours is None:
+        python = f"{statistics.median(one.python_seconds / one.seconds for one in found):.1%}"
+    else:
+        ratios = (other.seconds / own.seconds for other, own in zip(found, ours, strict=True))
+        ratio = f"{statistics.median(ratios):.2f} x"
+    peak = max(one.peak_bytes for one in found) / 1e9
+    return f"{seconds:>10.2f} s{count / seconds:>10.2f} /s{ratio:>10}{python:>10}{peak:>9.2f} GB"
+
+
+def bench(pairs: Mapping[str, tuple[Path, Path]], options: argparse.Namespace, peers: Sequence[str]) -> None:
+    """Measure every chosen case on the model files, given by name."""
+    for name, files in pairs.items():
+        print(f"{name}: " + ", ".join(f"{path.name} {path.stat().st_size / 1e9:.2f} GB" for path in files))
+    head = f"{'case':<24}{'file':<8}{'peer':<18}{'items':>6}{'time':>12}{'rate':>13}"
+    print(f"\n{head}{'ours is':>10}{'Python':>10}{'peak':>12}", flush=True)
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
         for case in CASES:
             if options.case and case.name not in options.case:
                 continue
             count = options.count or (case.quick_count if options.quick else case.count)
-            job = Job("lookonce", str(text), str(projector), options.shape, options.threads)
-            if case.size[0]:
-                job = replace(job, pictures=[case.size] * count)
-                if case.seen:
-                    job = replace(job, store=str(folder / "store"))
-                    _see_all(job)
-            else:
-                with lookonce.load(text, mmproj=projector, device="cpu", store=False) as model:
-                    texts, prompts = make_texts(model, case, count)
-                job = replace(job, texts=texts, prompts=prompts)
-            compare(case, job, peers, 1 if options.quick else options.rounds, folder)
+            jobs = {name: _job(case, files, count, options, folder / name) for name, files in pairs.items()}
+            compare(case, jobs, peers, 1 if options.quick else options.rounds, folder)
+
+
+def _job(case: Case, files: tuple[Path, Path], count: int, options: argparse.Namespace, store: Path) -> Job:
+    """A case's work with one pair of files."""
+    text, projector = files
+    job = Job("lookonce", str(text), str(projector), options.shape, options.threads)
+    if not case.size[0]:
+        with lookonce.load(text, mmproj=projector, device="cpu", store=False) as model:
+            texts, prompts = make_texts(model, case, count)
+        return replace(job, texts=texts, prompts=prompts)
+    job = replace(job, pictures=[case.size] * count, store=str(store) if case.seen else "")
+    if case.seen:
+        _see_all(job)
+    return job
 
 
 def _see_all(job: Job) -> None:
@@ -173,12 +194,12 @@ def main(arguments: Sequence[str]) -> int:
     if "transformers" in peers and not importlib.util.find_spec("transformers"):
         print("transformers is not installed: pip install 'lookonce[parity]' to compare with it")
         peers.remove("transformers")
-    print(f"{options.threads} threads")
     if options.model:
-        bench((options.model, options.mmproj), options, peers)
+        pairs = {"given": (options.model, options.mmproj)}
     else:
-        for type in options.type or ["Q4_K_M", "BF16"]:
-            bench(_find_pair(options, type), options, peers)
+        pairs = {type: _find_pair(options, type) for type in options.type or ["Q4_K_M", "BF16"]}
+    print(f"{options.threads} threads")
+    bench(pairs, options, peers)
     return 0
 
 

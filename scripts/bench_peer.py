@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["PEERS", "Job", "Measured", "work"]
+__all__ = ["PEERS", "REFERENCE", "Job", "Measured", "work"]
+
+REFERENCE = "transformers"  # which reads no GGUF
 
 _PADDED_TOKENS = 2048  # of one transformers batch, padding included: more was not faster, and takes memory
 
@@ -280,7 +282,7 @@ def _picture_inputs(picture: NDArray[np.uint8]) -> dict[str, Any]:
 PEERS: dict[str, Callable[[Job], tuple[float, float]]] = {
     "lookonce": _lookonce,
     "llama-cpp-python": _llama,
-    "transformers": _transformers,
+    REFERENCE: _transformers,
 }
 
 

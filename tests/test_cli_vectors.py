@@ -137,7 +137,7 @@ def test_a_text_beyond_the_context_is_cut_only_on_request(capsys: pytest.Capture
     assert "512" in refused(capsys, "embed", "word " * 2000)
     status, out, err = run_here(capsys, "embed", "word " * 2000, "--truncate", *FAST)
     assert (status, len(json.loads(out)["vector"]), err.count("\n")) == (0, 256, 1)
-    assert "was cut to" in err
+    assert "the text that begins with 'word word" in err
 
 
 def test_stdin_is_read_as_a_file_is() -> None:

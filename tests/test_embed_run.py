@@ -22,6 +22,7 @@ from PIL import Image
 from lookonce.embed_input import Row, Source, read_rows
 from lookonce.embed_run import embed_rows, format_vector
 from lookonce.errors import InputError, ModelFileError
+from lookonce.item import number_error
 from lookonce.part_file import PartFile, check_output
 
 OPTIONS = {"pooling": "last", "layer": -1}
@@ -54,7 +55,8 @@ class FakeEmbedder:
         texts = [item["text"] for item in items]
         for number, text in enumerate(texts):
             if "bad" in text:
-                raise InputError(f"item {number} cannot be embedded: it is bad\nthrough and through")
+                error = InputError("it is bad\nthrough and through")
+                raise number_error(error, number) from error
         self.batches.append(texts)
         return np.array([[len(text), ord(text[-1]), len(texts) + 0.1] for text in texts], dtype=np.float32)
 
@@ -192,7 +194,7 @@ def test_rows_of_which_none_can_be_embedded_leave_nothing(tmp_path: Path) -> Non
 def test_what_is_no_rows_fault_ends_the_run_whatever_is_to_be_skipped(tmp_path: Path) -> None:
     class WithoutProjector(FakeEmbedder):
         def embed_batch(self, items: Sequence[dict[str, str]], *, batch_size: int) -> np.ndarray:
-            raise ModelFileError("item 0 cannot be embedded: no projector fits")
+            raise number_error(ModelFileError("no projector fits"), 0) from ModelFileError("no projector fits")
 
     rows = text_rows(TEXTS)
     with PartFile(tmp_path / "v.npy", OPTIONS) as part, pytest.raises(ModelFileError, match=r"^no projector fits$"):

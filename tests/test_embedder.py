@@ -2,6 +2,7 @@
 
 import asyncio
 import gc
+import io
 import logging
 import shutil
 import threading
@@ -64,6 +65,13 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(VisionTower, "encode", encode)
     return heights
+
+
+class Screen(io.StringIO):
+    """A stderr that is a terminal."""
+
+    def isatty(self) -> bool:
+        return True
 
 
 def cosine(one: Any, other: Any) -> float:
@@ -284,6 +292,25 @@ def test_encode_gives_the_shapes_of_sentence_transformers(embedder: Embedder) ->
     assert embedder.encode(TEXTS, batch_size=2) == pytest.approx(embedder.embed_batch(TEXTS), abs=1e-5)
 
 
+def test_encode_cuts_before_it_normalises(model: Model) -> None:
+    whole, cut = Embedder(model).encode(["a cat", "a dog"]), Embedder(model).encode(["a cat", "a dog"], truncate_dim=64)
+    assert cut.shape == (2, 64)
+    assert cut == pytest.approx(whole[:, :64] / np.linalg.norm(whole[:, :64], axis=1, keepdims=True), abs=1e-6)
+    with pytest.raises(InputError, match="truncate_dim is 65: give a whole number from 1 to 64"):
+        Embedder(model, dimension=64).encode("a cat", truncate_dim=65)
+
+
+def test_encode_draws_a_bar_only_on_a_terminal(embedder: Embedder, capsys: pytest.CaptureFixture[str]) -> None:
+    embedder.encode(TEXTS, show_progress_bar=True)
+    assert capsys.readouterr() == ("", "")
+    screen = Screen()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("sys.stderr", screen)
+        embedder.encode(TEXTS, show_progress_bar=True, batch_size=2)
+    assert "Embedding" in screen.getvalue()
+    assert f"{len(TEXTS)}/{len(TEXTS)}" in screen.getvalue()
+
+
 def test_encode_normalises_as_it_is_told(model: Model) -> None:
     for normalized in (False, True):
         embedder = Embedder(model, normalize=normalized)
@@ -358,10 +385,13 @@ def test_truncate_cuts_a_text_to_the_context_and_says_so(own: Model, caplog: pyt
     assert 250 <= prompt.n_tokens <= 256
     assert written(own, embedder, long).endswith("<|im_end|>\n<|im_start|>assistant\n")
     count = len(own.engine.text.tokenize(long))
-    assert f"a text of {count} tokens was cut to " in caplog.messages[0]
+    assert f"was cut from {count} tokens to " in caplog.messages[0]
     kept = written(own, embedder, long).split("user\n")[1].split("<|im_end|>")[0]
     assert long.startswith(kept)
     assert cosine(vector, embedder.embed_text(kept)) > 0.99999
+    caplog.clear()
+    embedder.embed_batch(["a cat", long])
+    assert f"the text that begins with {long[:40]!r} was cut from {count} tokens to " in caplog.messages[0]
     caplog.clear()
     embedder.embed_text("a cat")
     assert caplog.messages == []
@@ -487,7 +517,7 @@ def test_a_damaged_model_gives_an_error_and_no_vector(tiny_pair: Pair, tmp_path:
     reader.data.flush()
     del norm, reader
     with lookonce.load(path, **EXACT) as broken:
-        with pytest.raises(NativeError, match="gave a vector that is not finite: its file is damaged, fetch it again"):
+        with pytest.raises(NativeError, match="gave values that are not finite: its file is damaged, fetch it again"):
             Embedder(broken).embed_text("a cat")
         assert np.isfinite(Embedder(broken, layer=-2).embed_text("a cat")).all()
 

@@ -41,6 +41,7 @@ BAD_ITEMS: dict[str, tuple[Any, str]] = {
     "None": (None, "it is a NoneType: give a text or a mapping"),
     "a number": (3, "it is a int"),
     "an empty text": ("", "text is empty: write something"),
+    "half a character": ("a\ud800", r"text holds half a surrogate pair, '\\ud800', at 1: give whole"),
     "blanks": (" \n", "text is empty"),
     "nothing in it": ({}, "it has neither a text nor a picture"),
     "only an instruction": ({"instruction": "x"}, "it has neither a text nor a picture"),
@@ -61,8 +62,9 @@ BAD_ITEMS: dict[str, tuple[Any, str]] = {
 @pytest.mark.parametrize("case", BAD_ITEMS)
 def test_a_bad_item_is_refused_with_its_number(case: str) -> None:
     item, message = BAD_ITEMS[case]
-    with pytest.raises(InputError, match=f"^item 1 cannot be embedded: .*{message}"):
+    with pytest.raises(InputError, match=f"^item 1 cannot be embedded: .*{message}") as caught:
         read_items(["good", item])
+    assert caught.value.item == 1
 
 
 @pytest.mark.parametrize("items", ["a text", b"bytes", {"text": "a"}, None, 3])

@@ -291,6 +291,14 @@ def test_without_tokens_only_the_means_are_written(stages: Stages, tmp_path: Pat
     assert len(list(tmp_path.iterdir())) == 4
 
 
+def test_an_earlier_runs_tensors_do_not_stay_in_the_folder(stages: Stages, tmp_path: Path) -> None:
+    stages.save(tmp_path)
+    (tmp_path / "mine.npy").write_bytes(b"")
+    stages.save(tmp_path, tokens=False)
+    names = {"manifest.json", "vision_pooled_mean.npy", "projected_pooled_mean.npy", "lm_pooled_mean.npy", "mine.npy"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+
+
 def test_pictures_are_named_by_their_path(model: Model, tmp_path: Path) -> None:
     path = tmp_path / "Katze ü.png"
     Image.fromarray(ONE).save(path)

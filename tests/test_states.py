@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -273,6 +274,43 @@ def test_after_a_close_the_next_run_makes_a_context_anew(engine: Engine) -> None
     runner.close()
     assert runner._context is None
     assert agree(runner.run(prompts, everything(prompts)), first)
+    runner.close()
+
+
+def test_a_call_after_a_close_is_evaluated_as_by_a_new_runner(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another cut of the same prompt changes the last bits."""
+    calls: list[int] = []
+    real = HiddenContext.evaluate_tokens
+
+    def counting(context: HiddenContext, tokens: Any, *arguments: Any) -> Any:
+        calls.append(len(tokens))
+        return real(context, tokens, *arguments)
+
+    monkeypatch.setattr(HiddenContext, "evaluate_tokens", counting)
+    one, two = ([prompt(engine, "a cat beside a dog " * 4 + last)] for last in ("runs", "sleeps"))
+    runner, other = StateRunner(engine, -1), StateRunner(engine, -1)
+    other.run(two, everything(two))
+    expected = calls.copy()
+    runner.run(one, everything(one))
+    runner.close()
+    calls.clear()
+    runner.run(two, everything(two))
+    assert calls == expected
+    runner.close()
+    other.close()
+
+
+def test_states_that_are_not_finite_are_refused_and_poison_nothing(engine: Engine) -> None:
+    look = make_look(5)
+    bad = replace(look, rows=np.full(look.rows.shape, 3e38, dtype=np.float32), key="0" * 64)
+    shared = "a long beginning that both of these prompts have "
+    runner = StateRunner(engine, -1)
+    for last in ("one", "two"):
+        prompts = [prompt(engine, shared, bad, last)]
+        with pytest.raises(NativeError, match="gave values that are not finite"):
+            runner.run(prompts, everything(prompts))
+    good = [prompt(engine, shared, look, "two")]
+    assert agree(runner.run(good, everything(good)), [alone(engine, good[0], -1)])
     runner.close()
 
 

@@ -6,7 +6,6 @@ goes on where a killed one stopped gives the same bytes as one that was left alo
 
 import json
 import logging
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
@@ -28,8 +27,6 @@ logger = logging.getLogger(__name__)
 # A batch is done within minutes on a CPU, so that little is lost with a killed run.
 _MOST_CHARACTERS: Final = 32_768
 _PICTURE_CHARACTERS: Final = 2_048  # a picture costs as much as a text of about so many
-
-_NUMBERED: Final = re.compile(r"item (\d+) cannot be embedded: (.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +140,9 @@ def _embed_batch(new_embedder: "Callable[[], Embedder]", batch: Sequence[Row], *
 
 def _culprit(error: InputError) -> tuple[int, str]:
     """Which item of a batch the embedder could not embed, and why. Raises the error again where it is none's fault."""
-    match = _NUMBERED.fullmatch(str(error))
-    if match is None:
+    if error.item is None:
         raise error
-    return int(match[1]), match[2]
+    return error.item, str(error.__cause__)
 
 
 def _picture_problem(row: Row) -> str:

@@ -5,6 +5,7 @@ import logging
 import unicodedata
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from os import PathLike
 from types import TracebackType
 from typing import Final, Literal
@@ -31,10 +32,11 @@ from lookonce.item import (
 from lookonce.looker import LookOptions, PendingLook
 from lookonce.model import Model
 from lookonce.native.hidden import layer_tensor
-from lookonce.pooling import Pooling, check_finite, check_pooling, cut, normalize, pool
+from lookonce.pooling import Pooling, check_pooling, cut, normalize, pool
 from lookonce.principal import Principal
-from lookonce.prompt import Message, Part, Prompt, RowRun, TokenRun, count
+from lookonce.prompt import Message, Part, Prompt, RowRun, count
 from lookonce.states import StateRunner, check_room
+from lookonce.terminal import bar
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +47,12 @@ PooledTokens = Literal["all", "text", "image"]
 # Qwen3-VL-Embedding's own prompt: QwenLM/Qwen3-VL-Embedding, src/models/qwen3_vl_embedding.py.
 DEFAULT_INSTRUCTION: Final = "Represent the user's input."
 _REMEDY: Final = "shorten the text, or make the embedder with truncate=True"
+_NAMED_CHARACTERS: Final = 40  # of a text, to tell it from others
 _ROWS_AT_ONCE: Final = 4096  # image rows in memory before they are evaluated: 64 MB for a model of 2 B
+
+
+def _ignore(_: int) -> None:
+    """Stands where nobody wants to know how much is done."""
 
 
 class Embedder:
@@ -152,7 +159,15 @@ class Embedder:
         wanted = read_items(items)
         if not wanted:
             raise InputError("there is nothing to embed: give at least one item")
-        return self._vectors(wanted, batch_size=batch_size, progress=progress)
+        done = 0
+
+        def advance(count: int) -> None:
+            nonlocal done
+            done += count
+            if progress is not None:
+                progress(done, len(wanted))
+
+        return self._vectors(wanted, batch_size=batch_size, advance=advance)
 
     async def aembed_text(self, text: str, *, instruction: str | None = None) -> Vector:
         """`embed_text` without blocking the event loop."""
@@ -178,17 +193,25 @@ class Embedder:
         *,
         prompt: str | None = None,
         batch_size: int = 256,
+        show_progress_bar: bool | None = None,
         normalize_embeddings: bool | None = None,
+        truncate_dim: int | None = None,
     ) -> Vector:
         """Vectors as sentence-transformers' `encode` gives them: (dimension,) for one input, (n, dimension) for many.
 
-        `prompt` is the instruction; `normalize_embeddings` replaces the embedder's `normalize`.
+        prompt: the instruction.
+        show_progress_bar: draw one on a terminal's stderr.
+        normalize_embeddings, truncate_dim: replace the embedder's `normalize` and `dimension`.
         """
         single = isinstance(sentences, str | Mapping)
         wanted = read_items([sentences] if isinstance(sentences, str | Mapping) else sentences, prompt)
-        if not wanted:
-            return np.empty((0, self.dimension), dtype=np.float32)
-        vectors = self._vectors(wanted, batch_size=batch_size, normalized=normalize_embeddings)
+        dimension = (
+            self.dimension if truncate_dim is None else check_number("truncate_dim", truncate_dim, self.dimension)
+        )
+        with bar(total=len(wanted), what="Embedding") if show_progress_bar else nullcontext(_ignore) as advance:
+            vectors = self._vectors(
+                wanted, batch_size=batch_size, dimension=dimension, normalized=normalize_embeddings, advance=advance
+            )
         return np.asarray(vectors[0]) if single else vectors
 
     def prompts(self, items: Iterable[str | Item]) -> list[Prompt]:
@@ -220,17 +243,15 @@ class Embedder:
         wanted: Sequence[WantedItem],
         *,
         batch_size: int = 256,
+        dimension: int | None = None,
         normalized: bool | None = None,
-        progress: Callable[[int, int], None] | None = None,
+        advance: Callable[[int], object] = _ignore,
     ) -> Vector:
         check_number("batch_size", batch_size, None)
-        vectors = np.empty((len(wanted), self.dimension), dtype=np.float32)
-        done = 0
+        vectors = np.empty((len(wanted), dimension or self.dimension), dtype=np.float32)
         for numbers, prompts in self._batches(wanted, batch_size):
-            vectors[numbers] = self._evaluate(prompts)
-            done += len(numbers)
-            if progress is not None:
-                progress(done, len(wanted))
+            vectors[numbers] = cut(self._evaluate(prompts), dimension)
+            advance(len(numbers))
         return normalize(vectors) if (self._normalize if normalized is None else normalized) else vectors
 
     def _batches(self, wanted: Sequence[WantedItem], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
@@ -251,7 +272,7 @@ class Embedder:
     def _evaluate(self, prompts: Sequence[Prompt]) -> Vector:
         """Vectors of prompts, as long as `dimension` and not normalised."""
         states = self._runner.run(prompts, [self._flags(prompt) for prompt in prompts])
-        pooled = check_finite(np.stack([pool(one, self._pooling) for one in states]), self._engine.name)
+        pooled = np.stack([pool(one, self._pooling) for one in states])
         return cut(pooled if self._pca is None else self._pca.apply(pooled), self.dimension)
 
     def _flags(self, prompt: Prompt) -> NDArray[np.bool_]:
@@ -264,7 +285,7 @@ class Embedder:
         return chosen
 
     def _chosen(self, prompt: Prompt) -> NDArray[np.bool_]:
-        rows = np.concatenate([np.full(_n_cells(run), isinstance(run, RowRun)) for run in prompt.runs])
+        rows = np.concatenate([np.full(run.n_cells, isinstance(run, RowRun)) for run in prompt.runs])
         if self._tokens == "all":
             return np.ones_like(rows)
         return rows if self._tokens == "image" else ~rows
@@ -303,7 +324,12 @@ class Embedder:
             if not text:
                 check_room(prompt.n_tokens, prompt.n_rows, engine.n_ctx, _REMEDY)
         if n_before:
-            logger.warning("a text of %d tokens was cut to %d to fit the context", n_before, n_tokens)
+            logger.warning(
+                "the text that begins with %r was cut from %d tokens to %d to fit the context",
+                item.text[:_NAMED_CHARACTERS],
+                n_before,
+                n_tokens,
+            )
         return prompt
 
     def _render(self, instruction: str | None, parts: Sequence[Part]) -> tuple[Part, ...]:
@@ -344,10 +370,6 @@ def _ended(instruction: str) -> str:
     """The instruction with a full stop where it ends without punctuation, as Qwen3-VL-Embedding has it."""
     instruction = instruction.strip()
     return instruction if unicodedata.category(instruction[-1]).startswith("P") else instruction + "."
-
-
-def _n_cells(run: TokenRun | RowRun) -> int:
-    return run.stop - run.start if isinstance(run, RowRun) else len(run.tokens)
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

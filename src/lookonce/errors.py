@@ -39,7 +39,12 @@ class LookonceError(Exception):
 
 
 class InputError(LookonceError, ValueError):
-    """What the caller gave cannot be used; the command line ends with status 2."""
+    """What the caller gave cannot be used; the command line ends with status 2.
+
+    `item` is the number, from 0, of the one among many that cannot be used; None where there was only one.
+    """
+
+    item: int | None = None
 
 
 class PictureError(InputError):

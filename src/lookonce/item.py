@@ -72,16 +72,24 @@ def _listed(images: object) -> Sequence[Picture]:
 
 
 def number_error(error: InputError, number: int) -> InputError:
-    """The same error, naming the item."""
-    return type(error)(f"item {number} cannot be embedded: {error}")
+    """The same error, naming the item; to be raised from the error itself."""
+    named = type(error)(f"item {number} cannot be embedded: {error}")
+    named.item = number
+    return named
 
 
 def checked_text(name: str, text: object) -> str:
-    """Give a text back. Raises InputError for another type, and for one with nothing in it."""
+    """Give a text back. Raises InputError for another type, for one with nothing in it, and for half characters."""
     if not isinstance(text, str):
         raise InputError(f"{name} is a {type(text).__name__}: give a text")
     if not text.strip():
         raise InputError(f"{name} is empty: write something")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise InputError(
+            f"{name} holds half a surrogate pair, {text[error.start]!r}, at {error.start}: give whole characters"
+        ) from error
     return text
 
 

@@ -46,5 +46,5 @@ def check_pooling(pooling: str) -> Pooling:
 def check_finite(vectors: NDArray[np.float32], model_name: str) -> NDArray[np.float32]:
     """Give `vectors` back. Raises NativeError for values that are not finite, which only a damaged file gives."""
     if not np.isfinite(vectors).all():
-        raise NativeError(f"{model_name} gave a vector that is not finite: its file is damaged, fetch it again")
+        raise NativeError(f"{model_name} gave values that are not finite: its file is damaged, fetch it again")
     return vectors

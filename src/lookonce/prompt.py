@@ -59,6 +59,11 @@ class TokenRun:
 
     tokens: tuple[int, ...]
 
+    @property
+    def n_cells(self) -> int:
+        """Cells of the context that it takes."""
+        return len(self.tokens)
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowRun:
@@ -85,6 +90,11 @@ class RowRun:
 
     def __hash__(self) -> int:
         return hash(self._place)
+
+    @property
+    def n_cells(self) -> int:
+        """Cells of the context that it takes: one a row."""
+        return self.stop - self.start
 
     @property
     def _place(self) -> tuple[object, ...]:
@@ -118,12 +128,12 @@ class Prompt:
     @property
     def n_tokens(self) -> int:
         """Number of text tokens."""
-        return sum(len(run.tokens) for run in self.runs if isinstance(run, TokenRun))
+        return sum(run.n_cells for run in self.runs if isinstance(run, TokenRun))
 
     @property
     def n_rows(self) -> int:
         """Number of image rows."""
-        return sum(run.stop - run.start for run in self.runs if isinstance(run, RowRun))
+        return sum(run.n_cells for run in self.runs if isinstance(run, RowRun))
 
     def units(self) -> Iterator[Unit]:
         """What the prompt consists of, to be compared with another's: each token, each run of rows."""

@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
@@ -24,6 +25,10 @@ from lookonce.prompt import Message, Prompt, TokenRun, count
 from lookonce.states import StateRunner, check_room
 
 DEFAULT_PROMPT: Final = "Describe the image."
+_TOKEN_TENSORS: Final = (
+    "vision_tokens", "projected_tokens", "deepstack_features", "lm_last_hidden", "lm_image_hidden"
+)  # fmt: skip
+_TENSOR_FILE: Final = re.compile("|".join((*_TOKEN_TENSORS, r"vision_layer_\d+")))
 
 Array = NDArray[np.float32]
 
@@ -98,13 +103,15 @@ class Stages:
             "lm_pooled_mean": self.lm_pooled_mean,
         }
         if tokens:
-            names = ("vision_tokens", "projected_tokens", "deepstack_features", "lm_last_hidden", "lm_image_hidden")
-            arrays |= {name: getattr(self, name) for name in names if getattr(self, name).size}
+            arrays |= {name: getattr(self, name) for name in _TOKEN_TENSORS if getattr(self, name).size}
             arrays |= {f"vision_layer_{number}": values for number, values in self.vision_layers.items()}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             manifest = folder / "manifest.json"
             manifest.unlink(missing_ok=True)
+            for stale in folder.glob("*.npy"):  # of an earlier run with other layers or more tensors
+                if _TENSOR_FILE.fullmatch(stale.stem) and stale.stem not in arrays:
+                    stale.unlink()
             for name, values in arrays.items():
                 _write_array(folder / f"{name}.npy", values)
             # Last, so that a folder with a manifest is whole.
@@ -193,9 +200,9 @@ def _states(engine: Engine, prompt: Prompt, layer: int) -> Array:
     runner = StateRunner(engine, layer)
     try:
         (states,) = runner.run([prompt], [np.ones(prompt.n_tokens + prompt.n_rows, dtype=np.bool_)])
+        return states
     finally:
         runner.close()
-    return check_finite(states, engine.name)
 
 
 def _listed(pictures: PictureSource | Sequence[PictureSource]) -> list[PictureSource]:

@@ -15,6 +15,7 @@ from lookonce.engine import Engine
 from lookonce.errors import ContextError
 from lookonce.native.hidden import HiddenContext
 from lookonce.native.text import BATCH_TOKENS
+from lookonce.pooling import check_finite
 from lookonce.prompt import Prompt, Run, TokenRun, Unit
 
 _SEQUENCES: Final = 64  # sequence 0 holds the shared beginning, the others one short prompt each
@@ -80,10 +81,13 @@ class StateRunner:
         self._turn = threading.Lock()  # one call at a time uses the sequences; the engine's lock is taken per batch
 
     def run(self, prompts: Sequence[Prompt], wanted: Sequence[Flags]) -> list[States]:
-        """Each prompt's states of its wanted cells, (n, width) in prompt order. `wanted` is (n_cells,) for each."""
+        """Each prompt's states of its wanted cells, (n, width) in prompt order. `wanted` is (n_cells,) for each.
+
+        Raises NativeError for states that are not finite; nothing that was evaluated stays for later prompts then.
+        """
         with self._turn:
             try:
-                return self._run(prompts, wanted)
+                return [check_finite(states, self._engine.name) for states in self._run(prompts, wanted)]
             except BaseException:
                 self._drop()  # what its sequences hold is not known any more
                 raise
@@ -92,7 +96,7 @@ class StateRunner:
         lists = [list(prompt.units()) for prompt in prompts]
         shared = self._choose_beginning(lists)
         runs, _ = _split(prompts[0].runs, shared)
-        n_shared = sum(map(_n_cells, runs))
+        n_shared = sum(run.n_cells for run in runs)
         kept = np.logical_or.reduce([flags[:n_shared] for flags in wanted])
         tails = [
             _tail(index, _split(prompt.runs, shared)[1], flags[n_shared:])
@@ -181,7 +185,7 @@ class StateRunner:
         found = [np.empty((0, self._engine.text.width), dtype=np.float32)]
         done = 0
         for run in _pieces(runs):
-            count = _n_cells(run)
+            count = run.n_cells
             flags = wanted[done : done + count]
             done += count
             with self._engine.lock:
@@ -203,6 +207,7 @@ class StateRunner:
 
     def _drop(self) -> None:
         self._beginning = None
+        self._last_units = []
         with self._engine.lock:
             if self._context is not None:
                 self._context.close()
@@ -223,7 +228,7 @@ def _tail(index: int, runs: Sequence[Run], wanted: Flags) -> _Tail:
         if done >= end:
             break
         kept.append(TokenRun(run.tokens[: end - done]) if isinstance(run, TokenRun) else run)
-        done += _n_cells(kept[-1])
+        done += kept[-1].n_cells
     return _Tail(index, tuple(kept), wanted[:done])
 
 
@@ -266,10 +271,6 @@ def _pieces(runs: Iterable[Run]) -> Iterator[Run]:
                 yield TokenRun(run.tokens[start : start + size])
         else:
             yield run  # cut when the prompt was made
-
-
-def _n_cells(run: Run) -> int:
-    return len(run.tokens) if isinstance(run, TokenRun) else run.stop - run.start
 
 
 def _tokens(run: Run) -> NDArray[np.int32]:
