@@ -351,6 +351,22 @@ def test_another_file_of_the_same_name_in_the_folder_is_named_and_left_alone(pla
     assert hub.transfers == []
 
 
+@pytest.mark.parametrize("kept_as", ["folder", "records"])
+def test_a_place_that_cannot_be_written_to(place: Place, hub: HubStub, kept_as: str) -> None:
+    (place.home / "taken").write_text("a file")
+    if kept_as == "folder":
+        assert "is a file" in place.refused("--to", "taken", status=2)
+        error = place.refused("--to", "taken/models")
+        assert all(told in error for told in ("taken/models", "cannot be written to", "--to"))
+        assert hub.transfers == []
+    else:  # only what would spare the next pull a question: the files are there and right
+        write_card(place, SMALL, hashes=False)
+        place.environment["XDG_DATA_HOME"] = str(place.home / "taken")
+        run = place.run("tiny", "--json", "--to", "here")
+        check_pulled(json.loads(run.out), SMALL, "huggingface")
+        assert run.err.count("is not kept") == 2
+
+
 @BOTH
 def test_a_disk_without_room_is_told_before_the_first_byte(place: Place, hub: HubStub, source: str) -> None:
     write_card(place, SMALL, hashes=False)
