@@ -58,7 +58,7 @@ class HubStub:
         self.requests: list[Request] = []
         self._closing = threading.Event()
         handler = type("Handler", (_Handler,), {"hub": self})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Server(("127.0.0.1", 0), handler)
         self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
@@ -91,6 +91,11 @@ class HubStub:
 
     def wait(self, seconds: float) -> None:
         self._closing.wait(seconds)
+
+
+class _Server(ThreadingHTTPServer):
+    def shutdown_request(self, request: Any) -> None:
+        self.close_request(request)  # without the polite end that would come before a reset
 
 
 class _Handler(BaseHTTPRequestHandler):

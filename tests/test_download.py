@@ -125,7 +125,7 @@ def test_a_connection_cut_at_random_bytes_is_gone_on_with(
 
 
 @BOTH
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_killed_pull_is_gone_on_with_by_the_next(place: Place, large_hub: HubStub, source: str, seed: int) -> None:
     begun = kill_on_the_way(place, large_hub, random.Random(f"{source} {seed}"), "--source", source)
     check_pulled(place.pull("--source", source), LARGE, source)
@@ -349,6 +349,22 @@ def test_another_file_of_the_same_name_in_the_folder_is_named_and_left_alone(pla
     assert all(told in error for told in (TEXT, sha256(b"mine"), sha256(SMALL[TEXT])))
     assert (place.home / TEXT).read_text() == "mine"
     assert hub.transfers == []
+
+
+@pytest.mark.parametrize("kept_as", ["folder", "records"])
+def test_a_place_that_cannot_be_written_to(place: Place, hub: HubStub, kept_as: str) -> None:
+    (place.home / "taken").write_text("a file")
+    if kept_as == "folder":
+        assert "is a file" in place.refused("--to", "taken", status=2)
+        error = place.refused("--to", "taken/models")
+        assert all(told in error for told in ("taken/models", "cannot be written to", "--to"))
+        assert hub.transfers == []
+    else:  # only what would spare the next pull a question: the files are there and right
+        write_card(place, SMALL, hashes=False)
+        place.environment["XDG_DATA_HOME"] = str(place.home / "taken")
+        run = place.run("tiny", "--json", "--to", "here")
+        check_pulled(json.loads(run.out), SMALL, "huggingface")
+        assert run.err.count("is not kept") == 2
 
 
 @BOTH

@@ -110,7 +110,7 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         return found
 
     monkeypatch.setattr(fingerprint, "hash_files", hash_and_change)
-    with pytest.raises(ModelFileError, match="was changed while it was read"):
+    with pytest.raises(ModelFileError, match="was changed while the model was loaded"):
         fingerprint_of(file, store)
     monkeypatch.undo()
     assert fingerprint_of(file, store) == sha256(file)

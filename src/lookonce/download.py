@@ -98,9 +98,19 @@ def pull(
     if card.folder is not None and not card.huggingface and not card.modelscope:
         return PulledFiles(*(_beside(card, card.folder, file) for file in wanted))
     hubs = _choose_hubs(card, source)
-    chosen = None if folder is None else Path(folder).expanduser().absolute()
+    chosen = None if folder is None else _check_folder(Path(folder))
     with _open_notes() as notes:
         return PulledFiles(*_Pull(card, hubs, chosen, progress or (lambda _: None), notes).run(wanted))
+
+
+def _check_folder(folder: Path) -> Path:
+    try:
+        found = folder.expanduser().absolute()
+    except RuntimeError as error:  # a home folder that nobody has
+        raise InputError(f"{str(folder)!r} ({error}): give the path of a folder") from error
+    if found.exists() and not found.is_dir():
+        raise InputError(f"{folder} is a file: give a folder for the model's files")
+    return found
 
 
 @contextmanager
@@ -206,7 +216,8 @@ class _Pull:
 
     def _fetch_from(self, hub: Hub, repository: str, missing: Sequence[CardFile], found: dict[str, PulledFile]) -> None:
         wanted = [(file, self._describe(hub, repository, file)) for file in missing if file.name not in found]
-        self._check_room(hub, wanted)
+        with _disk_errors(self._partial(hub, wanted[0][1]).target.parent):
+            self._check_room(hub, wanted)
         for file, described in wanted:
             found[file.name] = self._fetch(hub, file, described)
 
@@ -265,8 +276,8 @@ class _Pull:
             path = part.target if self._folder else hub.publish(described)
             if self._notes is not None:
                 remember_fingerprint(path, verified.sha256 or "", self._notes)
-            if file.sha256 is None:
-                published.remember(described.repository, verified)
+        if file.sha256 is None:
+            _keep(described.repository, verified)
         return PulledFile(path, described.size_bytes or 0, described.sha256, hub.source if fetched else None)
 
     def _settled(self, target: Path, verified: CardFile) -> bool:
@@ -325,6 +336,13 @@ class _Pull:
 
     def _tell(self, name: str, doing: Literal["fetching", "checking", "waiting"], done: int, total: int) -> None:
         self._progress(PullStep(name, doing, done, total))
+
+
+def _keep(repository: str, verified: CardFile) -> None:
+    try:
+        published.remember(repository, verified)
+    except OSError as error:  # the file itself is right
+        _logger.warning("the hash of %s is not kept (%s): the next pull asks the hub", verified.name, error)
 
 
 @contextmanager

@@ -35,59 +35,52 @@ _SETTLED_COARSE_S: Final = 2.0
 
 
 class Fingerprint:
-    """The fingerprint of the files as they stand when this is made; `path` is the first of them."""
+    """The fingerprint of a file as it is when this is made; of a split model, that of its parts in order."""
 
     def __init__(self, file: GgufFile | Path, store: Store | None) -> None:
-        self.path: Final = _paths(file)[0]
+        self._paths = _paths(file)
+        self.path = self._paths[0]
         self._file = file
         self._store = store
-        self._identity = identity(_paths(file))
         self._value: str | None = None
+        self._identity = identity(self._paths)
 
     def known(self) -> str | None:
-        """The fingerprint where it takes no reading of the files. Raises what `value` raises."""
+        """The fingerprint where it takes no reading of the file. Raises what `value` raises."""
         self.check_unchanged()
         if self._value is None:
-            self._value = known_fingerprint(self._file, self._store)
+            found = recall(_KIND, self._identity, self._store)
+            self._value = found if found is not None and _SHA256.fullmatch(found) else None
         return self._value
 
     def value(self) -> str:
-        """The fingerprint; the first time it takes a second for each gigabyte or two.
+        """SHA-256 of the content in hexadecimal; the first time it takes a second for each gigabyte or two.
 
-        Raises ModelFileError where the files are no longer what they were.
+        Raises ModelFileError where the file cannot be read, or is no longer the one that it was.
         """
-        if self._value is None:
-            self._value = fingerprint_of(self._file, self._store)
+        if (known := self.known()) is not None:
+            return known
+        found = hash_files(self._paths)
         self.check_unchanged()
-        return self._value
+        if self._store is not None:
+            remember_fingerprint(self._file, found, self._store)
+        self._value = found
+        return found
 
     def check_unchanged(self) -> None:
-        """Raise ModelFileError where the files are no longer what they were."""
-        if self._identity != identity(_paths(self._file)):
+        """Raise ModelFileError where the file is no longer the one that it was."""
+        if self._identity != identity(self._paths):
             raise ModelFileError(f"{self.path} was changed while the model was loaded: load the model again")
 
 
 def fingerprint_of(file: GgufFile | Path, store: Store | None) -> str:
-    """SHA-256 of a file's content in hexadecimal; of a split model, that of its parts in order.
-
-    Raises ModelFileError where the file cannot be read, or is changed meanwhile.
-    """
-    known = known_fingerprint(file, store)
-    if known is None:
-        paths = _paths(file)
-        before = identity(paths)
-        known = hash_files(paths)
-        if identity(paths) != before:
-            raise ModelFileError(f"{paths[0]} was changed while it was read: load the model again")
-        if store is not None:
-            remember_fingerprint(file, known, store)
-    return known
+    """What `Fingerprint.value` gives for a file as it is now."""
+    return Fingerprint(file, store).value()
 
 
 def known_fingerprint(file: GgufFile | Path, store: Store | None) -> str | None:
-    """The fingerprint where it is remembered; nothing of the file is read."""
-    found = recall(_KIND, identity(_paths(file)), store)
-    return found if found is not None and _SHA256.fullmatch(found) else None
+    """What `Fingerprint.known` gives for a file as it is now."""
+    return Fingerprint(file, store).known()
 
 
 def remember_fingerprint(file: GgufFile | Path, sha256: str, store: Store) -> None:

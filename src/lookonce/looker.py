@@ -22,7 +22,7 @@ from lookonce import gguf_check, images
 from lookonce.cards import ModelCard
 from lookonce.embedding import FORMAT_VERSION, ImageEmbedding, RowSegment, to_stored_type
 from lookonce.errors import InputError, MismatchError, ModelFileError, NativeError, PictureError, SavedLookError
-from lookonce.fingerprint import fingerprint_of, identity
+from lookonce.fingerprint import Fingerprint
 from lookonce.gguf_file import GgufFile
 from lookonce.images import Picture, PictureSource, PixelRule
 from lookonce.native.library import Device, versions
@@ -72,9 +72,8 @@ class Projector:
         self.gguf = gguf
         self._card = card
         self.path = gguf.path
-        self._store = store
+        self._file = Fingerprint(gguf, store)  # of the file whose header was checked
         self._fingerprint: str | None = None
-        self._identity = identity(gguf.parts)  # of the file whose header was checked
 
     @property
     def rule(self) -> PixelRule | None:
@@ -91,15 +90,12 @@ class Projector:
     def fingerprint(self) -> str:
         """SHA-256 of the file's content."""
         if self._fingerprint is None:
-            known = fingerprint_of(self.gguf, self._store)
-            self.check_unchanged()
-            self._fingerprint = known
+            self._fingerprint = self._file.value()
         return self._fingerprint
 
     def check_unchanged(self) -> None:
         """Raise ModelFileError where the file is no longer the one whose header was checked."""
-        if self._identity != identity(self.gguf.parts):
-            raise ModelFileError(f"{self.path} was changed while the model was loaded: load the model again")
+        self._file.check_unchanged()
 
 
 class Looker:

@@ -69,8 +69,7 @@ class Model:
 
         picture: a path, a file's bytes, a PIL image, a uint8 array (H, W, 3), a saved look's path, or a look.
         alias: the text that stands for the picture in prompts, e.g. `<cat>`.
-        min_pixels, max_pixels: replace the card's limits or the family's own; the picture is resized to lie between
-            them.
+        min_pixels, max_pixels: replace the card's limits or the family's own; the picture is resized to fit them.
         dtype: the type in which rows are kept, `f16` or `f32`.
 
         Raises PictureError, ModelFileError without a projector, MismatchError for a look of another model.
