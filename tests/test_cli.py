@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import pty
+import shutil
 import signal
 import struct
 import subprocess
@@ -116,7 +117,25 @@ def test_the_json_answer_has_exactly_the_promised_fields(
     assert set(answer) == {"text", "finish_reason", "usage", "timings", "images"}
     assert [set(image) for image in answer["images"]] == [{"key", "source", "rows"}]
     assert answer["usage"]["image_rows"] == answer["images"][0]["rows"]
+    assert set(answer["usage"]) == {"text_tokens", "image_rows", "generated", "reused", "prefix"}
     assert answer["usage"]["generated"] == 8
+
+
+def test_states_are_kept_as_told(
+    capsys: pytest.CaptureFixture[str], tiny_pair: tuple[Path, Path], photo: Path, tmp_path: Path
+) -> None:
+    for path in tiny_pair:
+        os.utime(shutil.copy(path, tmp_path), (1e9, 1e9))  # so old that its fingerprint is remembered
+    ask = ("ask", "Where?", "-i", photo, "--model", tmp_path, "--json", *FAST)
+    origins = []
+    for mode in ("read", "on", "off", "read", "on"):
+        status, out, err = run_here(capsys, *ask, "--state", mode)
+        assert (status, err) == (0, "")
+        origins.append(json.loads(out)["usage"]["prefix"])
+    assert origins == ["evaluated", "evaluated", "evaluated", "store", "store"]
+    status, _, err = run_here(capsys, *ask, "--state", "never")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "state is 'never': choose one of off, read, on" in err
 
 
 def test_the_streamed_answer_is_the_json_answer_and_a_newline(

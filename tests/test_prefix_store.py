@@ -518,6 +518,41 @@ def load_and_ask(folder: Path, look: Any) -> str:
         return model.ask("What?", [look], **GREEDY).text
 
 
+def test_a_conversation_larger_than_the_memory_for_states_is_evaluated_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(folder, False) as model:
+        kept = model.engine._kept
+        assert kept is not None
+        monkeypatch.setattr(kept, "limit_bytes", 100_000)
+        chat = model.chat()
+        chat.ask("What? " * 100, **GREEDY)
+        model.ask("Else?", **GREEDY)
+        assert kept._states == []
+        assert chat.ask("Why?", **GREEDY).usage.prefix == "evaluated"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
+def test_closing_in_a_forked_process_is_no_error(folder: Path, tmp_path: Path) -> None:
+    code = f"""
+import os, sys, warnings, numpy, lookonce
+model = lookonce.load({str(folder)!r}, store={str(tmp_path)!r}, threads=1, n_ctx=256)
+stream = model.ask("What?", [numpy.zeros((64, 64, 3), numpy.uint8)], stream=True)
+next(stream)
+warnings.simplefilter("ignore")
+child = os.fork()
+if child == 0:
+    model.close()
+    sys.exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+model.close()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("7\n", "")
+    with Store(tmp_path) as store:
+        assert count(store) == 1
+
+
 def test_memory_is_bounded_whatever_is_asked(folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with load(folder, store) as model:
         kept = model.engine._kept

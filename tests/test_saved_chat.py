@@ -77,7 +77,7 @@ def test_a_loaded_chat_goes_on_with_the_logits_of_one_never_interrupted(
         found, answer = next_logits(model, loaded)
         assert np.array_equal(found, expected)
         assert (answer.text, answer.usage.reused) == (reply.text, reply.usage.reused)
-        assert answer.usage.prefix == "store"
+        assert answer.usage.prefix == "file"
         assert said(loaded) == said(chat)
 
 
@@ -256,7 +256,7 @@ def test_a_state_that_a_stranger_made_up_is_not_believed(folder: Path, saved: by
         path.write_bytes(data)
         with load(folder) as model:
             replies.append(Chat.load(model, path).ask("And?", **GREEDY))
-    assert [reply.usage.prefix for reply in replies] == ["store", "evaluated"]
+    assert [reply.usage.prefix for reply in replies] == ["file", "evaluated"]
     assert replies[0].text == replies[1].text
 
 

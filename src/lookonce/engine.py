@@ -9,7 +9,7 @@ import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Final
 
@@ -295,7 +295,10 @@ class Engine:
         """Free context, tower and text model, in this order, and write what is to be kept; may be called twice."""
         with self.lock:
             writes = not self._closed and self._states is not None and not self._states.reads_only
-            owed = self._sequences.take_owed() if writes and self._sequences is not None else []
+            owed: list[KeptState] = []
+            if writes and self._sequences is not None:
+                with suppress(ClosedError):  # in a process that was forked off the one that loaded the model
+                    owed = self._sequences.take_owed()
             self._closed = True
             self.looker.close()
             if self._context is not None:

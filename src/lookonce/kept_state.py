@@ -13,9 +13,9 @@ from numpy.typing import NDArray
 from lookonce.held import START, Held, Mark
 from lookonce.prompt import Unit
 
-MEMORY_LIMIT_BYTES: Final = 256 << 20
+MEMORY_LIMIT_BYTES: Final = 512 << 20
 
-Origin = Literal["evaluated", "memory", "store"]
+Origin = Literal["evaluated", "memory", "store", "file"]
 """Where the beginning of a prompt came from; `evaluated` where nothing of it was kept."""
 
 

@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, Literal
 
 import numpy as np
@@ -85,7 +85,7 @@ class PrefixStore:
             )
             return
         if self._pending is not None:
-            self._pending.result()
+            wait([self._pending])
         try:
             self._pending = self._writer.submit(self._write, state)
         except RuntimeError:  # the process is ending

@@ -20,8 +20,8 @@ FinishReason = Literal["stop", "length", "closed"]
 class Usage:
     """What a reply took of the context, in cells: text tokens, image rows and generated tokens.
 
-    `reused` of the prompt's were not evaluated again: `prefix` says whether they were still in memory or came from the
-    store.
+    `reused` of the prompt's were not evaluated again: `prefix` says whether they were still in memory, or came from
+    the store or a saved chat's file.
     """
 
     text_tokens: int

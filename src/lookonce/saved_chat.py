@@ -184,7 +184,7 @@ def _read_state(
         return None
     units = [_read_unit(one, looks) for one in entry["units"]]
     held = Held.rebuilt(units, [(int(end), bool(generated)) for end, generated in entry["ends"]])
-    return KeptState(held, tensors["state"][0], int(entry["last"]), origin="store")
+    return KeptState(held, tensors["state"][0], int(entry["last"]), origin="file")
 
 
 def _read_unit(entry: Any, looks: list[ImageEmbedding]) -> Unit:

@@ -335,10 +335,10 @@ class Sequences:
             return
         goes_on = following is not None and following.conversation == turn.conversation is not None
         if not goes_on and slot.end.n_cells == slot.n_cells:
-            self._keep(slot, slot.end)
+            self._keep(slot, slot.end, self._kept.limit_bytes)
 
-    def _keep(self, slot: Slot, mark: Mark) -> KeptState | None:
-        state = self._read(slot, mark)
+    def _keep(self, slot: Slot, mark: Mark, limit_bytes: int | None = None) -> KeptState | None:
+        state = self._read(slot, mark, limit_bytes)
         if state is not None and self._kept is not None:
             self._kept.add(state)
         return state
@@ -374,8 +374,8 @@ class Sequences:
             return kept
         return self._read(slot, mark) if mark.n_units else None
 
-    def _read(self, slot: Slot, mark: Mark) -> KeptState | None:
-        """What a slot holds up to `mark`; None where the memory of this model cannot be read out so."""
+    def _read(self, slot: Slot, mark: Mark, limit_bytes: int | None = None) -> KeptState | None:
+        """What a slot holds up to `mark`; None where it is more than `limit_bytes` or cannot be read out so."""
         number = slot.number
         held = slot.held_until(mark)
         try:
@@ -386,7 +386,11 @@ class Sequences:
             if first or last >= mark.position:
                 logger.debug("no state is kept: the memory of this model cannot be read out in part")
                 return None
-            state = np.empty(state_size(self._context, number), dtype=np.uint8)
+            size_bytes = state_size(self._context, number)
+            if limit_bytes is not None and size_bytes > limit_bytes:
+                logger.debug("a conversation of %d bytes leaves the context and is not kept", size_bytes)
+                return None
+            state = np.empty(size_bytes, dtype=np.uint8)
             read_state(self._context, number, state)
         except (NativeError, MemoryError) as error:
             logger.warning("a state is not kept: %s", error)
