@@ -11,7 +11,7 @@ from lookonce.synthetic.shape import FAMILIES, Shape, find_shape
 from lookonce.synthetic.vocabulary import Vocabulary, build_vocabulary
 from lookonce.synthetic.weight import Weights
 
-__all__ = ["TEXT_TYPES", "find_pair", "make_pair", "make_weights", "needed_bytes"]
+__all__ = ["TEXT_TYPES", "find_pair", "make_pair", "make_weights", "needed_bytes", "write_pair"]
 
 TEXT_TYPES: Final = (*FILE_TYPES, "Q4_K_M")
 
@@ -62,12 +62,27 @@ def make_pair(
     weights, vocabulary = make_weights(sizes, seed)
     name = f"{FAMILIES[family]} {shape} seed {seed}"
     text, projector = _paths(folder, family, shape, seed, (type, mmproj_type))
+    write_pair(text, projector, sizes, weights, vocabulary, type=type, mmproj_type=mmproj_type, name=name)
+    return text, projector
+
+
+def write_pair(
+    text: Path,
+    projector: Path,
+    sizes: Shape,
+    weights: Weights,
+    vocabulary: Vocabulary,
+    *,
+    type: str,
+    mmproj_type: str,
+    name: str,
+) -> None:
+    """Write both files of a model, each whole or not at all."""
     write_projector(projector, sizes, weights, type=mmproj_type, name=name)
     if type == "Q4_K_M":
         _write_quantized(text, sizes, weights, vocabulary, name)
     else:
         write_text(text, sizes, weights, vocabulary, type=type, name=name)
-    return text, projector
 
 
 def needed_bytes(*, family: str = "qwen3vl", shape: str = "tiny") -> int:
