@@ -60,6 +60,15 @@ class Bench:
     def prompt(self, *parts: Part) -> Prompt:
         return assemble((BEGIN, *parts, END), self.model.tokenize, bos=None, batch_size=self.context.batch_size)
 
+    def check(self) -> None:
+        """See that the cells that count as taken are those that some sequence holds."""
+        slots = self.sequences._slots
+        cells = {id(cells): cells for slot in slots for cells in slot.cells}
+        assert self.context.n_ctx - self.sequences.room == sum(one.count for one in cells.values())
+        assert all(slot.n_cells == sum(one.count for one in slot.cells) for slot in slots)
+        for one in cells.values():
+            assert one.holders == sum(one is other for slot in slots for other in slot.cells)
+
     def turn(self, *parts: Part) -> Turn:
         self.conversations.append(_Conversation())
         return Turn(self.prompt(*parts), weakref.ref(self.conversations[-1]))
@@ -176,6 +185,7 @@ def test_whatever_was_asked_before_no_bit_changes(
     for number, length in order:
         logits, _ = bench.answer(*POOL[number], length=length)
         assert np.array_equal(logits, pool[number])
+        bench.check()
     bench.context.close()
 
 
@@ -288,6 +298,7 @@ def interleave(bench: Bench, questions: list[tuple[Part, ...]], length: int) -> 
         for turn, tokens in zip(turns, written, strict=True):
             bench.sequences.extend(turn, tokens[-1])
             tokens.append(int(bench.context.logits().argmax()))
+        bench.check()
     for turn in turns:
         turn.end()
     return written

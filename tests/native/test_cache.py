@@ -8,7 +8,7 @@ import pytest
 
 from look_maker import make_look
 from lookonce.errors import ClosedError, InputError, NativeError
-from lookonce.native.cache import State, read_state, span, state_size, write_state
+from lookonce.native.cache import State, holds, read_state, span, state_size, write_state
 from lookonce.native.text import Context, ContextOptions, TextModel
 
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attention": False}
@@ -88,6 +88,24 @@ def test_a_state_of_another_making_is_refused_and_leaves_the_sequence_empty(mode
             assert span(context, 0) == (-1, -1)
         evaluate(same, model.input_width)
         assert np.array_equal(read(same), state)
+
+
+def test_a_state_tells_the_positions_of_its_cells(model: TextModel) -> None:
+    expected = np.concatenate([np.arange(len(TOKENS)), LOOK.positions[:, 0] + len(TOKENS)]).astype(np.int32)
+    with make_context(model) as context:
+        evaluate(context, model.input_width)
+        state = read(context)
+    assert holds(state, expected, mrope=True)
+    assert holds(state, expected[::-1].copy(), mrope=True)
+    assert not holds(state, expected, mrope=False)
+    for positions in (expected[:-1], expected + 1, np.append(expected, 0), np.where(expected == 7, 8, expected)):
+        assert not holds(state, positions.astype(np.int32), mrope=True)
+    for word, value in ((2, 2), (3, 5), (4 + 6 * 9, 8), (5 + 6 * 9, 2), (5, 0)):
+        altered = state[: len(state) // 4 * 4].copy()
+        altered.view(np.int32)[word] = value
+        assert not holds(altered, expected, mrope=True)
+    for length in (0, 15, 16, 100, 16 + 24 * len(expected) - 1):
+        assert not holds(state[:length], expected, mrope=True)
 
 
 def test_wrong_room_wrong_sequences_and_a_closed_context_are_errors(model: TextModel) -> None:
