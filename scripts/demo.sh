@@ -11,6 +11,6 @@ if [ -z "${LOOKONCE_MODEL:-}" ]; then
     export LOOKONCE_MODEL
     unset LOOKONCE_MMPROJ
     .venv/bin/python scripts/make_model.py "$LOOKONCE_MODEL" >/dev/null
-    echo "demo: a tiny model of random weights answers, so expect nonsense; LOOKONCE_MODEL=model.gguf names a real one"
+    echo "demo: a tiny model of random weights answers, so expect nonsense; LOOKONCE_MODEL=NAME takes a real one"
 fi
 exec .venv/bin/lookonce demo "$@"

@@ -87,7 +87,7 @@ def lookonce(
 ) -> None:
     """Look at a picture once. Ask about it for ever, on a CPU.
 
-    [dim]lookonce ask "What is this?" -i photo.jpg --model model.gguf[/dim]
+    [dim]lookonce ask "What is this?" -i photo.jpg --model qwen3-vl-2b-instruct[/dim]
 
     Results go to stdout, everything else to stderr. Exit status: 0; 2 for wrong
     use or bad input; 1 for other failures.
@@ -97,9 +97,9 @@ def lookonce(
 
 
 @app.command(
-    epilog=f"""[dim]lookonce look cat.jpg --model model.gguf --output cat.safetensors
+    epilog=f"""[dim]lookonce look cat.jpg --model qwen3-vl-2b-instruct --output cat.safetensors
 
-lookonce look photos/*.jpg --model model.gguf --output looks/[/dim]
+lookonce look photos/*.jpg --model qwen3-vl-2b-instruct --output looks/[/dim]
 
 {MODEL_HINT}"""
 )
@@ -155,7 +155,7 @@ def _print_look(picture: str, seen: "ImageEmbedding", target: Path | None, as_js
 
 
 @app.command(
-    epilog=f"""[dim]lookonce ask "What colour is the cat?" -i cat.jpg --model model.gguf
+    epilog=f"""[dim]lookonce ask "What colour is the cat?" -i cat.jpg --model qwen3-vl-2b-instruct
 
 lookonce ask "Compare <image_1> with <image_2>." -i cat.safetensors -i dog.jpg --json
 
@@ -334,9 +334,9 @@ def doctor(load: ModelOptions, json_: JsonFlag = False) -> None:
 
 
 @app.command(
-    epilog=f"""[dim]lookonce demo --model model.gguf
+    epilog=f"""[dim]lookonce demo --model qwen3-vl-2b-instruct
 
-lookonce demo --model model.gguf --image cat.jpg --prompt "What is the cat doing?"[/dim]
+lookonce demo --model qwen3-vl-2b-instruct --image cat.jpg --prompt "What is the cat doing?"[/dim]
 
 {MODEL_HINT}"""
 )

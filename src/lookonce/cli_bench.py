@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 __all__ = ["BENCH_EPILOG", "bench"]
 
-BENCH_EPILOG = f"""[dim]lookonce bench --model model.gguf -i photo.jpg
+BENCH_EPILOG = f"""[dim]lookonce bench --model qwen3-vl-2b-instruct -i photo.jpg
 
 lookonce bench --synthetic 2b --json > bench.json[/dim]
 

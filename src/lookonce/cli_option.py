@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "MODEL_HINT",
+    "SMALLEST",
     "JsonFlag",
     "ModelOptions",
     "PixelOptions",
@@ -36,6 +37,7 @@ __all__ = [
     "open_store",
 ]
 
+SMALLEST = "qwen3-vl-2b-instruct"  # of the models that answer, the one to begin with
 MODEL_HINT = "Set LOOKONCE_MODEL to leave --model out."
 
 _MODEL, _STORE, _REPLY, _VECTOR = "Model", "Store", "Reply", "Vector"
@@ -175,7 +177,10 @@ class ModelOptions:
         Raises InputError where no model was given, and what `lookonce.load` raises.
         """
         if self.model is None:
-            raise InputError("no model was given: give --model NAME|FILE|FOLDER, or set LOOKONCE_MODEL")
+            raise InputError(
+                f"no model was given: give --model NAME|FILE|FOLDER, or set LOOKONCE_MODEL; `lookonce pull {SMALLEST}` "
+                "fetches one"
+            )
         if self.no_store and self.store is not None:
             raise InputError("--store and --no-store were both given: give one of them")
         if self.flash_attention and self.no_flash_attention:

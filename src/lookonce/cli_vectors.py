@@ -26,7 +26,7 @@ __all__ = ["EMBED_EPILOG", "EXTRACT_EPILOG", "embed", "extract"]
 
 _CARD_OPTIONS: Final = ("pooling", "instruction", "prompt", "min_pixels", "max_pixels", "n_ctx")
 
-EMBED_EPILOG = f"""[dim]lookonce embed "a cat" "a dog" -i cat.jpg --model model.gguf
+EMBED_EPILOG = f"""[dim]lookonce embed "a cat" "a dog" -i cat.jpg --model qwen3-vl-2b-instruct
 
 lookonce embed --input items.jsonl --output vectors.npy --skip-errors
 
@@ -34,7 +34,7 @@ cat items.jsonl | lookonce embed --input - --output vectors.jsonl --dimension 25
 
 {MODEL_HINT}"""
 
-EXTRACT_EPILOG = f"""[dim]lookonce extract cat.jpg --outdir stages --model model.gguf
+EXTRACT_EPILOG = f"""[dim]lookonce extract cat.jpg --outdir stages --model qwen3-vl-2b-instruct
 
 lookonce extract cat.jpg dog.jpg --outdir stages --together --save-tokens[/dim]
 

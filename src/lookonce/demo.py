@@ -45,10 +45,11 @@ class DemoResult:
             f"Both answers are the same. The look took {self.cold.timings.look_s:.3f} s the first time, "
             f"{self.stored.timings.look_s:.3f} s the second.",
             "",
-            "Try next:",
-            '  lookonce ask "What is this?" -i photo.jpg --model model.gguf',
-            "  lookonce look photo.jpg --model model.gguf --output photo.safetensors",
-            '  lookonce ask "And what else?" -i photo.safetensors --model model.gguf',
+            "Try next, with a model that knows the world:",
+            "  lookonce pull qwen3-vl-2b-instruct",
+            '  lookonce ask "What is this?" -i photo.jpg --model qwen3-vl-2b-instruct',
+            "  lookonce look photo.jpg --output photo.safetensors --model qwen3-vl-2b-instruct",
+            '  lookonce ask "And what else?" -i photo.safetensors --model qwen3-vl-2b-instruct',
         ]
 
 

@@ -217,16 +217,20 @@ def byte_bars() -> Iterator[Callable[[str, str, int, int], object]]:
     from rich import progress as rich_progress
     from rich.console import Console
     from rich.markup import escape
+    from rich.table import Column
 
     columns = (
-        rich_progress.TextColumn("{task.description}"),
-        rich_progress.BarColumn(),
-        rich_progress.DownloadColumn(),
-        rich_progress.TransferSpeedColumn(),
-        rich_progress.TimeRemainingColumn(),
+        rich_progress.TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis")),
+        rich_progress.BarColumn(bar_width=12),
+        rich_progress.DownloadColumn(table_column=Column(no_wrap=True)),
+        rich_progress.TransferSpeedColumn(table_column=Column(no_wrap=True)),
+        rich_progress.TimeRemainingColumn(compact=True, table_column=Column(no_wrap=True)),
     )
     tasks: dict[str, rich_progress.TaskID] = {}
-    with rich_progress.Progress(*columns, console=Console(stderr=True), transient=True, redirect_stdout=False) as shown:
+    shown = rich_progress.Progress(
+        *columns, console=Console(stderr=True), expand=True, transient=True, redirect_stdout=False
+    )
+    with shown:
 
         def move(name: str, doing: str, done: int, total: int) -> None:
             told = escape(one_line(f"{doing} {name}"))
