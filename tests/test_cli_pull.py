@@ -71,13 +71,13 @@ except ModelFileError as error:
     print(error)
 for _ in range(2):
     with lookonce.load(sys.argv[1], download=True, threads=1, n_ctx=64) as model:
-        print(model.files.text.path.name)
+        print(model.card.name)
 """
     run = place.run(NAME, program=("-c", code))
     assert (run.status, run.err) == (0, "")
     refusal, *loaded = run.out.splitlines()
     assert f"lookonce pull {NAME}" in refusal
-    assert loaded == [read_cards()[NAME].text_file().name] * 2
+    assert loaded == [NAME] * 2
     assert len(hub.transfers) == 2
 
 

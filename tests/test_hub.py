@@ -1,6 +1,7 @@
 """What both hubs' clients are held to."""
 
 import logging
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
@@ -23,17 +24,17 @@ def test_a_log_has_its_level_back_when_the_last_of_two_that_overlap_is_done() ->
 def test_a_setting_is_held_until_the_last_is_done_and_another_one_apart() -> None:
     box = {"size": 10, "other": 1}
 
-    def setting(name: str) -> "object":
+    def setting(name: str) -> AbstractContextManager[None]:
         return held(name, 2, lambda: box[name], lambda value: box.update({name: value}))
 
     first, second, other = setting("size"), setting("size"), setting("other")
     for one in (first, second, other):
-        one.__enter__()  # type: ignore[attr-defined]
+        one.__enter__()
     assert box == {"size": 2, "other": 2}
-    first.__exit__(None, None, None)  # type: ignore[attr-defined]
-    other.__exit__(None, None, None)  # type: ignore[attr-defined]
+    first.__exit__(None, None, None)
+    other.__exit__(None, None, None)
     assert box == {"size": 2, "other": 1}
-    second.__exit__(None, None, None)  # type: ignore[attr-defined]
+    second.__exit__(None, None, None)
     assert box == {"size": 10, "other": 1}
 
 
