@@ -44,7 +44,9 @@ class Faults:
     wrong_byte: int | None = None  # this byte of every file is served wrong
     no_ranges: bool = False  # every reply is the whole file
     no_hash: bool = False  # no SHA-256 is published
+    sha256: str | None = None  # published of every file by ModelScope, whatever its form
     size_bytes: int | None = None  # published of every file
+    extra_bytes: int = 0  # sent after the end of every file
     pause_s: float = 0.0  # between two blocks of 64 KiB
     silent: bool = False  # nothing is answered at all
 
@@ -54,6 +56,7 @@ class HubStub:
 
     def __init__(self, files: Mapping[tuple[str, str], bytes]) -> None:
         self.files = dict(files)
+        self.revisions = {"main": COMMIT}
         self.faults = Faults()
         self.requests: list[Request] = []
         self._closing = threading.Event()
@@ -144,7 +147,7 @@ class _Handler(BaseHTTPRequestHandler):
             self._reply(401, {"X-Error-Code": "RepoNotFound", "X-Error-Message": "Invalid username or password."})
         elif faults.token is not None and self.request_.token != faults.token:
             self._reply(401, {"X-Error-Message": "Invalid credentials in Authorization header"})
-        elif revision not in ("main", COMMIT):
+        elif (commit := self.hub.revisions.get(revision, revision)) not in self.hub.revisions.values():
             self._reply(404, {"X-Error-Code": "RevisionNotFound", "X-Error-Message": "Invalid rev id"})
         elif (repository, name) not in self.hub.files:
             self._reply(404, {"X-Error-Code": "EntryNotFound", "X-Repo-Commit": COMMIT})
@@ -155,7 +158,7 @@ class _Handler(BaseHTTPRequestHandler):
                 repository,
                 name,
                 {
-                    "X-Repo-Commit": COMMIT,
+                    "X-Repo-Commit": commit,
                     "X-Linked-Etag": f'"{etag}"',
                     "X-Linked-Size": str(faults.size_bytes or len(content)),
                 },
@@ -171,7 +174,7 @@ class _Handler(BaseHTTPRequestHandler):
         elif listing:
             entries = [
                 {"Path": path, "Name": path, "Type": "blob", "Size": faults.size_bytes or len(content)}
-                | ({} if faults.no_hash else {"Sha256": hashlib.sha256(content).hexdigest()})
+                | ({} if faults.no_hash else {"Sha256": faults.sha256 or hashlib.sha256(content).hexdigest()})
                 for (known, path), content in self.hub.files.items()
                 if known == repository
             ]
@@ -197,6 +200,9 @@ class _Handler(BaseHTTPRequestHandler):
             if start >= len(content):
                 self._reply(416, {"Content-Range": f"bytes */{len(content)}"})
                 return
+        if faults.extra_bytes:
+            content += bytes(faults.extra_bytes)
+            end = len(content)
         self.send_response(status)
         self.send_header("Content-Length", str(end - start))
         self.send_header("ETag", f'"{hashlib.md5(content).hexdigest()}"')

@@ -83,6 +83,14 @@ def test_the_users_cards_are_added_and_replace_the_shipped_ones_of_their_name(ow
     assert find_card("qwen3-vl-4b-instruct") is not None
 
 
+@pytest.mark.parametrize("revision", ["v2.0", "refs/pr/12", "0123456789abcdef0123456789abcdef01234567"])
+def test_a_card_may_name_a_branch_a_tag_or_a_commit(own: Path, revision: str) -> None:
+    own.write_text(GOOD.replace('"MIT"', f'"MIT"\nrevision = "{revision}"'))
+    card = find_card("mine")
+    assert card is not None
+    assert card.revision == revision
+
+
 def test_a_card_may_name_a_folder_seen_from_its_file(own: Path) -> None:
     own.write_text(GOOD.replace('huggingface = "me/mine-GGUF"', 'folder = "here/mine"'))
     card = find_card("mine")
@@ -111,6 +119,21 @@ def test_a_named_file_that_does_not_exist_is_an_error(own: Path) -> None:
         ('family = "qwen3vl"', "", 1, "mine.family is absent, but every card has one"),
         ('"MIT"', "5", 3, "mine.licence is 5, but a text was expected"),
         ('"me/mine-GGUF"', '"mine"', 4, "mine.huggingface is 'mine', but a repository, owner/name was expected"),
+        ('"me/mine-GGUF"', '"../.."', 4, "mine.huggingface is '../..', but a repository, owner/name was expected"),
+        (
+            '"MIT"',
+            '"MIT"\nrevision = "/etc/x"',
+            4,
+            "mine.revision is '/etc/x', but a branch, tag or commit was expected",
+        ),
+        (
+            '"MIT"',
+            '"MIT"\nrevision = "a/../b"',
+            4,
+            "mine.revision is 'a/../b', but a branch, tag or commit was expected",
+        ),
+        ('"MIT"', '"MIT"\nfolder = "here"', 4, "mine.folder stands beside a repository: a card's files lie in one or"),
+        ('"mine.gguf"', '"m-00001-of-00002.gguf"', 5, "mine.text.Q4_K_M.file is 'm-00001-of-00002.gguf', a part of a"),
         ("huggingface", "hugingface", 4, "mine.hugingface is not known: expected one of family, "),
         ('huggingface = "me/mine-GGUF"', "", 1, "mine has neither huggingface, modelscope nor folder"),
         ('"mine.gguf"', '"../mine.gguf"', 5, "mine.text.Q4_K_M.file is '../mine.gguf', but the name of a .gguf file"),

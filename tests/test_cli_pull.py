@@ -59,6 +59,28 @@ def test_the_two_commands_of_the_readme_fetch_a_model_and_ask_it(place: Place, h
     assert len(hub.transfers) == 2
 
 
+def test_a_model_that_is_not_here_is_fetched_by_load_where_that_is_asked_for(place: Place, hub: HubStub) -> None:
+    code = """
+import sys
+import lookonce
+from lookonce.errors import ModelFileError
+
+try:
+    lookonce.load(sys.argv[1], threads=1, n_ctx=64)
+except ModelFileError as error:
+    print(error)
+for _ in range(2):
+    with lookonce.load(sys.argv[1], download=True, threads=1, n_ctx=64) as model:
+        print(model.card.name)
+"""
+    run = place.run(NAME, program=("-c", code))
+    assert (run.status, run.err) == (0, "")
+    refusal, *loaded = run.out.splitlines()
+    assert f"lookonce pull {NAME}" in refusal
+    assert loaded == [NAME] * 2
+    assert len(hub.transfers) == 2
+
+
 def test_the_paths_go_to_stdout_and_what_was_done_to_stderr(
     place: Place, hub: HubStub, published: dict[str, tuple[str, bytes]]
 ) -> None:
@@ -115,6 +137,11 @@ def test_a_card_with_a_folder_of_its_own_has_nothing_to_fetch(place: Place, hub:
     run = place.run("own")
     assert (run.status, run.err) == (0, "own: nothing to fetch\n")
     assert [Path(line).name for line in run.out.splitlines()] == ["a.gguf", "b.gguf"]
+    known = f'"b.gguf", sha256 = "{sha256(b"other")}"'
+    place.cards.write_text(place.cards.read_text().replace('"b.gguf"', known))
+    run = place.run("own")
+    assert (run.status, run.out, run.err.count("\n")) == (1, "", 1)
+    assert all(told in run.err for told in ("here/b.gguf", sha256(b"GGUF"), sha256(b"other")))
     assert hub.requests == []
 
 

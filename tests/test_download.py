@@ -1,6 +1,7 @@
 """Pulls through the real clients of both hubs, from stub hubs with faults."""
 
 import json
+import os
 import random
 import signal
 import time
@@ -377,20 +378,90 @@ def test_a_disk_without_room_is_told_before_the_first_byte(place: Place, hub: Hu
     assert (hub.transfers, place.partials) == ([], [])
 
 
-def test_a_disk_that_fills_up_keeps_what_it_has_taken(place: Place, large_hub: HubStub) -> None:
-    # A limit on a file's size fails as a full disk does. ModelScope's client would try for half a minute.
+@BOTH
+def test_a_disk_that_fills_up_keeps_what_it_has_taken(place: Place, large_hub: HubStub, source: str) -> None:
+    # A limit on a file's size fails as a full disk does.
     code = "import resource, signal, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (3_000_000,) * 2)\n"
     code += "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
     code += "from lookonce.__main__ import main; sys.exit(main())"
-    run = place.run("tiny", program=("-c", code, "pull"))
+    run = place.run("tiny", "--source", source, program=("-c", code, "pull"))
     assert (run.status, run.out, run.err.count("\n")) == (1, "", 1)
-    assert "takes no more" in run.err
+    assert f"{place.partials[0].parent} takes no more" in run.err
+    assert len(large_hub.transfers) == 1
     assert "free some space" in run.err
     assert [path.stat().st_size for path in place.partials] == [3_000_000]
     assert place.models == []
     large_hub.requests.clear()
-    check_pulled(place.pull(), LARGE, "huggingface")
+    check_pulled(place.pull("--source", source), LARGE, source)
     assert begin_of(large_hub.transfers[0]) == 3_000_000
+
+
+@BOTH
+def test_a_hub_that_sends_more_than_it_published_fills_no_disk(place: Place, hub: HubStub, source: str) -> None:
+    hub.faults.extra_bytes = 30_000_000
+    hub.faults.pause_s = 0.001
+    check_pulled(place.pull("--source", source), SMALL, source)
+    assert place.partials == []
+    assert hub.sent_bytes < 30_000_000
+
+
+def test_a_hash_of_another_form_is_none(place: Place, hub: HubStub) -> None:
+    write_card(place, SMALL, hashes=False)
+    hub.faults.sha256 = "../../../x"
+    assert "could not be verified" in place.refused("--source", "modelscope")
+    assert (hub.transfers, place.partials) == ([], [])
+
+
+def test_a_file_that_appears_under_the_name_meanwhile_is_left_alone(place: Place, large_hub: HubStub) -> None:
+    large_hub.faults.pause_s = 0.002
+    process = place.start("tiny", "--to", "here")
+    while not large_hub.sent_bytes and process.poll() is None:
+        time.sleep(0.001)
+    mine = place.home / "here" / TEXT
+    mine.write_text("mine")
+    out, err = process.communicate(timeout=60)
+    assert (process.returncode, out, err.count("\n")) == (1, "", 1)
+    assert all(told in err for told in (str(mine), sha256(b"mine"), sha256(LARGE[TEXT]), "move or delete"))
+    assert mine.read_text() == "mine"
+
+
+def test_a_damaged_plain_file_in_place_of_the_caches_link_is_named_and_left_alone(place: Place, hub: HubStub) -> None:
+    pointer = Path(place.pull()["text"]["path"])
+    pointer.resolve().unlink()
+    pointer.unlink()
+    damaged = b"X" + SMALL[TEXT][1:]
+    pointer.write_bytes(damaged)
+    os.utime(pointer, (1e9, 1e9))
+    for _ in range(2):
+        error = place.refused()
+        assert all(told in error for told in (str(pointer), sha256(damaged), sha256(SMALL[TEXT]), "move or delete"))
+    assert pointer.read_bytes() == damaged
+
+
+def test_a_link_of_the_cache_to_other_content_is_set_right(place: Place, hub: HubStub) -> None:
+    pointer = Path(place.pull()["text"]["path"])
+    pointer.unlink()
+    (pointer.parent / "other").write_text("other")
+    pointer.symlink_to("other")
+    told = place.pull()
+    assert Path(told["text"]["path"]) == pointer
+    assert pointer.read_bytes() == SMALL[TEXT]
+    assert (pointer.parent / "other").read_text() == "other"
+
+
+def test_another_revision_on_the_card_is_fetched_and_found(place: Place, hub: HubStub) -> None:
+    write_card(place, SMALL, hashes=False)
+    first = place.pull()
+    hub.revisions["v2"] = "f" * 40
+    hub.files[REPOSITORY, TEXT] = SMALL[TEXT][::-1]
+    place.cards.write_text(place.cards.read_text().replace("modelscope = ", 'revision = "v2"\nmodelscope = '))
+    told = place.pull()
+    assert Path(told["text"]["path"]).read_bytes() == SMALL[TEXT][::-1]
+    assert Path(first["text"]["path"]).read_bytes() == SMALL[TEXT]
+    assert (told["text"]["source"], told["projector"]["source"]) == ("huggingface", None)  # equal content is there
+    hub.requests.clear()
+    assert place.pull()["text"]["path"] == told["text"]["path"]
+    assert hub.requests == []
 
 
 @BOTH

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -85,6 +86,19 @@ def test_the_snapshot_of_the_cards_revision_is_taken_as_the_hubs_own_library_doe
     assert str(found) == try_to_load_from_cache("me/Tiny.GGUF", "tiny.gguf", cache_dir=cache)
     assert found is not None
     assert found.parent.name == "bbb"
+
+
+def test_of_a_revision_that_the_card_names_only_its_own_snapshot_is_taken(home: Path) -> None:
+    card = replace(CARD, revision="v2")
+    cache = home / ".cache/huggingface/hub/models--me--Tiny.GGUF"
+    put(cache / "snapshots/aaa/tiny.gguf")
+    put(cache / "refs/main", b"aaa")
+    assert locate(CARD, FILE) == cache / "snapshots/aaa/tiny.gguf"
+    assert locate(card, FILE) is None
+    put(cache / "refs/v2", b"bbb")
+    assert locate(card, FILE) is None
+    assert locate(card, FILE) != put(cache / "snapshots/ccc/tiny.gguf")
+    assert put(cache / "snapshots/bbb/tiny.gguf") == locate(card, FILE)
 
 
 @pytest.mark.parametrize(

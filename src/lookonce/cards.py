@@ -17,23 +17,27 @@ import platformdirs
 
 from lookonce.errors import InputError, ModelFileError
 from lookonce.pooling import Pooling
+from lookonce.sha256_form import is_sha256
 
 if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
 
-__all__ = ["CardFile", "ModelCard", "choose_card", "find_card", "read_cards", "user_file"]
+__all__ = ["DEFAULT_REVISION", "CardFile", "ModelCard", "choose_card", "find_card", "read_cards", "user_file"]
 
 Prompt = Literal["chat", "plain"]
 _Files = Mapping[str, "CardFile"]
 
+DEFAULT_REVISION: Final = "main"  # of a card that names none
+
 _PACKAGE: Final = Path(__file__).resolve().parent
 _SHIPPED: Final = (_PACKAGE / "models.toml", _PACKAGE.parent.parent / "models.toml")  # in a wheel, in the source tree
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]*")
-_REPOSITORY: Final = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
+_REPOSITORY: Final = re.compile(r"(?!\.)[\w.-]+/(?!\.)[\w.-]+", re.ASCII)
+_REVISION: Final = re.compile(r"(?:(?!\.)[\w.+-]+/)*(?!\.)[\w.+-]+", re.ASCII)  # it stays in its folder too
 _FILE_NAME: Final = re.compile(r"(?:(?!\.)[^/\\\x00-\x1f]+/)*(?!\.)[^/\\\x00-\x1f]+\.gguf")  # it stays in its folder
+_PART: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _FAMILIES: Final = ("qwen3vl", "qwen2.5vl", "qwen2vl")
 
 
@@ -63,7 +67,7 @@ class ModelCard:
     projector: _Files
     huggingface: str | None = None
     modelscope: str | None = None
-    revision: str = "main"
+    revision: str = DEFAULT_REVISION
     folder: Path | None = None
     pooling: Pooling | None = None
     instruction: str | None = None
@@ -166,7 +170,7 @@ class _CardReader:
             projector=self._files("projector"),
             huggingface=self._matching("huggingface", _REPOSITORY, "a repository, owner/name"),
             modelscope=self._matching("modelscope", _REPOSITORY, "a repository, owner/name"),
-            revision=self._text("revision") or "main",
+            revision=self._matching("revision", _REVISION, "a branch, tag or commit") or DEFAULT_REVISION,
             folder=self._folder(),
             pooling=cast("Pooling | None", self._choice("pooling", get_args(Pooling))),
             instruction=self._text("instruction"),
@@ -183,6 +187,8 @@ class _CardReader:
             raise self._wrong(("min_pixels",), f"is {card.min_pixels}, more than max_pixels, {card.max_pixels}")
         if not (card.huggingface or card.modelscope or card.folder):
             raise self._wrong((), "has neither huggingface, modelscope nor folder: say where its files are")
+        if card.folder and (card.huggingface or card.modelscope):
+            raise self._wrong(("folder",), "stands beside a repository: a card's files lie in one or the other")
         return card
 
     def _take(self, keys: tuple[str, ...]) -> Any:
@@ -238,7 +244,11 @@ class _CardReader:
         name, sha256 = table.get("file"), table.get("sha256")
         if not isinstance(name, str) or not _FILE_NAME.fullmatch(name):
             raise self._wrong((*keys, "file"), f"is {_shown(name)}, but the name of a .gguf file was expected")
-        if sha256 is not None and (not isinstance(sha256, str) or not _SHA256.fullmatch(sha256)):
+        if _PART.search(name):
+            raise self._wrong(
+                (*keys, "file"), f"is {name!r}, a part of a split model: load that by its first file's path"
+            )
+        if sha256 is not None and not is_sha256(sha256):
             raise self._wrong((*keys, "sha256"), f"is {_shown(sha256)}, but 64 small hexadecimal digits were expected")
         return CardFile(name, self._count((*keys, "size_bytes")), sha256)
 

@@ -10,6 +10,7 @@ import typer
 
 from lookonce.byte_size import format_size
 from lookonce.cli_option import JsonFlag, gather
+from lookonce.hub import TITLES
 from lookonce.terminal import byte_bars, write, write_error, write_json
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ PULL_EPILOG = """[dim]lookonce pull qwen3-vl-2b-instruct
 lookonce pull qwen3-vl-8b-instruct --quant Q8_0 --source modelscope --to models[/dim]
 
 HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and their like of ModelScope are respected."""
-
-_TITLES = {"huggingface": "Hugging Face", "modelscope": "ModelScope"}
 
 
 @gather
@@ -98,6 +97,6 @@ def _summary(card: "ModelCard", pulled: "PulledFiles") -> str:
     told = []
     for source in dict.fromkeys((pulled.text_file.source, pulled.projector_file.source)):
         size_bytes = sum(one.size_bytes for one in (pulled.text_file, pulled.projector_file) if one.source == source)
-        whence = f"fetched from {_TITLES[source]}" if source else "on the disk already"
+        whence = f"fetched from {TITLES[source]}" if source else "on the disk already"
         told.append(f"{format_size(size_bytes)} {whence}")
     return f"{', '.join(told)}, verified"

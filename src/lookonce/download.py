@@ -95,12 +95,14 @@ def pull(
     if source not in get_args(SourceChoice):
         raise InputError(f"source is {source!r}: choose one of {', '.join(get_args(SourceChoice))}")
     wanted = (card.text_file(quant), card.projector_file(projector_type))
-    if card.folder is not None and not card.huggingface and not card.modelscope:
-        return PulledFiles(*(_beside(card, card.folder, file) for file in wanted))
+    tell = progress or (lambda _: None)
+    if card.folder is not None:
+        with _open_notes() as notes:
+            return PulledFiles(*(_beside(card, card.folder / file.name, file, tell, notes) for file in wanted))
     hubs = _choose_hubs(card, source)
     chosen = None if folder is None else _check_folder(Path(folder))
     with _open_notes() as notes:
-        return PulledFiles(*_Pull(card, hubs, chosen, progress or (lambda _: None), notes).run(wanted))
+        return PulledFiles(*_Pull(card, hubs, chosen, tell, notes).run(wanted))
 
 
 def _check_folder(folder: Path) -> Path:
@@ -123,11 +125,30 @@ def _open_notes() -> Iterator[Store | None]:
         yield notes
 
 
-def _beside(card: ModelCard, folder: Path, file: CardFile) -> PulledFile:
-    path = folder / file.name
+def _beside(
+    card: ModelCard, path: Path, file: CardFile, progress: Callable[[PullStep], object], notes: Store | None
+) -> PulledFile:
+    """A file of a card that has no repository, held to what the card tells of it."""
     if not path.is_file():
         raise InputError(f"{path} does not exist, and {card.name} has no repository to fetch it from: put it there")
-    return PulledFile(path, path.stat().st_size, file.sha256, None)
+    size_bytes = path.stat().st_size
+    _check_agreement(str(path), card, file, size_bytes=size_bytes)
+    if file.sha256 is not None:
+        progress(PullStep(file.name, "checking", 0, size_bytes))
+        _check_agreement(str(path), card, file, sha256=fingerprint_of(path, notes))
+    return PulledFile(path, size_bytes, file.sha256, None)
+
+
+def _check_agreement(
+    what: str, card: ModelCard, file: CardFile, *, size_bytes: int | None = None, sha256: str | None = None
+) -> None:
+    """Raise DownloadError where the size or hash of `what` is known and not the card's."""
+    for name, theirs, ours in (("SHA-256", sha256, file.sha256), ("size in bytes", size_bytes, file.size_bytes)):
+        if theirs is not None and ours is not None and theirs != ours:
+            raise DownloadError(
+                f"{what} is not the file that {card.name} means: its {name} is {theirs}, expected {ours}: "
+                f"update lookonce, or correct the card in {user_file()}"
+            )
 
 
 def _choose_hubs(card: ModelCard, source: SourceChoice) -> Sequence[tuple[Hub, str]]:
@@ -224,15 +245,8 @@ class _Pull:
     def _describe(self, hub: Hub, repository: str, file: CardFile) -> HubFile:
         """The file as the hub has it, with a size and a hash that agree with the card's."""
         found = hub.describe(repository, file.name)
-        for what, theirs, ours in (
-            ("SHA-256", found.sha256, file.sha256),
-            ("size in bytes", found.size_bytes, file.size_bytes),
-        ):
-            if theirs is not None and ours is not None and theirs != ours:
-                raise DownloadError(
-                    f"{file.name} on {hub.title} is not the file that {self._card.name} means: its {what} is {theirs}, "
-                    f"expected {ours}: update lookonce, or write a card of your own in {user_file()}"
-                )
+        what = f"{file.name} on {hub.title}"
+        _check_agreement(what, self._card, file, size_bytes=found.size_bytes, sha256=found.sha256)
         sha256, size_bytes = file.sha256 or found.sha256, file.size_bytes or found.size_bytes
         if sha256 is None or size_bytes is None:
             raise DownloadError(
@@ -271,14 +285,27 @@ class _Pull:
                     # Another process may have finished it while this one waited.
                     if not self._settled(part.target, verified):
                         self._transfer(hub, described, part)
-                        part.finish()
-                        fetched = True
+                        fetched = self._finish(part, verified)
             path = part.target if self._folder else hub.publish(described)
-            if self._notes is not None:
-                remember_fingerprint(path, verified.sha256 or "", self._notes)
+            if part.is_at(path):
+                if self._notes is not None:
+                    remember_fingerprint(path, verified.sha256 or "", self._notes)
+            elif not self._settled(path, verified):  # in the cache, a file under the name that others know
+                raise DownloadError(f"{path} was deleted while it was fetched: pull again")
         if file.sha256 is None:
-            _keep(described.repository, verified)
+            _keep(hub, described.repository, verified)
         return PulledFile(path, described.size_bytes or 0, described.sha256, hub.source if fetched else None)
+
+    def _finish(self, part: PartialFile, verified: CardFile) -> bool:
+        """Give the file its name. False where another process has done so; raises where the name is another file's."""
+        try:
+            part.finish()
+        except FileExistsError:
+            if not self._settled(part.target, verified):
+                raise
+            part.discard()
+            return False
+        return True
 
     def _settled(self, target: Path, verified: CardFile) -> bool:
         """Whether the file has its name already. Raises DownloadError where another file has it."""
@@ -338,9 +365,9 @@ class _Pull:
         self._progress(PullStep(name, doing, done, total))
 
 
-def _keep(repository: str, verified: CardFile) -> None:
+def _keep(hub: Hub, repository: str, verified: CardFile) -> None:
     try:
-        published.remember(repository, verified)
+        published.remember(repository, verified, revision=hub.revision, source=hub.source)
     except OSError as error:  # the file itself is right
         _logger.warning("the hash of %s is not kept (%s): the next pull asks the hub", verified.name, error)
 

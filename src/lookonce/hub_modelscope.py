@@ -1,28 +1,31 @@
 """ModelScope, through its package, which is an extra: its requests, its errors and its cache.
 
-Of the package the listing and the plain transfer are used: its `model_file_download` draws bars that cannot be turned
-off. MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT and MODELSCOPE_CACHE are respected.
+Of the package the listing, the addresses and the login are used. Its transfers are not: they draw bars that cannot be
+turned off, or try a full disk for half a minute and take whatever is sent. MODELSCOPE_API_TOKEN, MODELSCOPE_ENDPOINT
+and MODELSCOPE_CACHE are respected.
 """
 
-import errno
 import importlib.util
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from lookonce.errors import DownloadError, LookonceError
-from lookonce.hub import HubFile, HubUnavailable, Source, muted, refusal
+from lookonce.errors import LookonceError
+from lookonce.hub import TITLES, HubFile, HubUnavailable, PartWriter, Source, first_line, is_final, muted, refusal
+from lookonce.hub_cache import modelscope_cache
+from lookonce.sha256_form import is_sha256
 
-__all__ = ["INSTALL", "ModelScope"]
+__all__ = ["INSTALL", "REVISION", "ModelScope"]
 
 INSTALL: Final = "pip install 'lookonce[modelscope]'"
 
-_TITLE: Final = "ModelScope"
-_REVISION: Final = "master"
-_PASSING: Final = (408, 425, 429)  # answers that change by themselves, as those from 500 on do
-_DISK: Final = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+REVISION: Final = "master"  # a card names none of this hub
+
+_TITLE: Final = TITLES["modelscope"]
+_PARTIAL: Final = 206  # the status of a reply that is the range asked for
+_BLOCK: Final = 1 << 18
+_TIMEOUT_S: Final = 60.0
 
 
 class ModelScope:
@@ -30,6 +33,7 @@ class ModelScope:
 
     source: Source = "modelscope"
     title: str = _TITLE
+    revision: str = REVISION
 
     def is_installed(self) -> bool:
         """Tell whether the package is there, without importing it."""
@@ -42,49 +46,45 @@ class ModelScope:
         with _translated(repository, name):
             from modelscope_hub import HubApi, HubConfig
 
-            files = HubApi(config=HubConfig()).list_repo_files(repository, "model", revision=_REVISION)
+            files = HubApi(config=HubConfig()).list_repo_files(repository, "model", revision=REVISION)
             found = {one.path: one for one in files}
         if name not in found:
             raise refusal(_TITLE, 404, repository, name, "MODELSCOPE_API_TOKEN")
-        sha256 = (found[name].sha256 or "").lower() or None
-        return HubFile(repository, name, _REVISION, sha256 or "", found[name].size or None, sha256)
+        told = str(found[name].sha256).lower()
+        sha256 = told if is_sha256(told) else None
+        return HubFile(repository, name, REVISION, sha256 or "", found[name].size or None, sha256)
 
     def fetch(self, file: HubFile, part: Path, size_bytes: int, report: Callable[[int], object]) -> None:
         """Add to `part` what it lacks of the file."""
-        with _translated(file.repository, file.name):
-            from modelscope.hub.callback import ProgressCallback
-            from modelscope.hub.file_download import get_file_download_url, http_get_model_file
+        with _translated(file.repository, file.name), PartWriter(part, size_bytes, report) as output:
+            import requests
+            from modelscope.hub.file_download import get_file_download_url
             from modelscope_hub import HubApi, HubConfig
 
-            class Progress(ProgressCallback):  # type: ignore[misc]  # the package has no types
-                def update(self, size: int) -> None:
-                    report(part.stat().st_size)
-
-            config = HubConfig()
-            http_get_model_file(
+            config, start = HubConfig(), output.tell()
+            reply = requests.get(
                 get_file_download_url(file.repository, file.name, file.revision, endpoint=config.endpoint),
-                str(part.parent),
-                part.name,
-                size_bytes,
+                headers={"Accept-Encoding": "identity", "Range": f"bytes={start}-{size_bytes - 1}"},
                 cookies=HubApi(config=config).get_cookies(),
-                headers={"Accept-Encoding": "identity"},
-                disable_tqdm=True,
-                progress_callbacks=[Progress],
+                stream=True,
+                timeout=_TIMEOUT_S,
             )
+            with reply:
+                reply.raise_for_status()
+                if reply.status_code != _PARTIAL:  # all of it, from a server that knows no ranges
+                    output.seek(0)
+                    output.truncate()
+                for block in reply.iter_content(_BLOCK):
+                    output.write(block)
 
     def place(self, file: HubFile) -> Path:
         """Say where in the cache the file belongs."""
-        return _cache() / "models" / file.repository.replace("/", "--") / "snapshots" / file.revision / file.name
+        folder = modelscope_cache() / "models" / file.repository.replace("/", "--")
+        return folder / "snapshots" / file.revision / file.name
 
     def publish(self, file: HubFile) -> Path:
         """Give the place itself: in this cache a file has no other name."""
         return self.place(file)
-
-
-def _cache() -> Path:
-    """The cache's folder, by the rule of modelscope_hub's config.py, which may not be installed."""
-    named = os.environ.get("MODELSCOPE_CACHE")
-    return Path(named).expanduser().resolve() if named else Path.home() / ".cache" / "modelscope"
 
 
 @contextmanager
@@ -99,20 +99,11 @@ def _translated(repository: str, name: str) -> Iterator[None]:
             # all tries failed.
             reason = getattr(error, "reason", None) or error
             status = _status(reason)
-            if status is not None and 400 <= status < 500 and status not in _PASSING:
+            if is_final(status):
                 raise refusal(_TITLE, status, repository, name, "MODELSCOPE_API_TOKEN") from error
-            if isinstance(reason, OSError) and reason.errno in _DISK:
-                raise DownloadError(
-                    f"the disk takes no more ({reason.strerror}): free some space and pull again, "
-                    "which goes on from here"
-                ) from error
-            raise HubUnavailable(f"it answered {status}" if status else _first_line(reason)) from error
+            raise HubUnavailable(f"it answered {status}" if status else first_line(reason)) from error
 
 
 def _status(error: Any) -> int | None:
     found = getattr(error, "status_code", None) or getattr(getattr(error, "response", None), "status_code", None)
     return found if isinstance(found, int) else None
-
-
-def _first_line(error: object) -> str:
-    return str(error).strip().partition("\n")[0] or type(error).__name__

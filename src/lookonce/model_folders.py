@@ -12,7 +12,8 @@ from typing import Final
 
 import platformdirs
 
-from lookonce.cards import CardFile, ModelCard
+from lookonce.cards import DEFAULT_REVISION, CardFile, ModelCard
+from lookonce.hub_cache import huggingface_folder, modelscope_cache
 
 __all__ = ["candidates", "find_named", "folders", "locate", "published_name", "user_folder"]
 
@@ -87,24 +88,23 @@ def _flat(card: ModelCard, file: CardFile) -> list[str]:
 
 
 def _huggingface(repository: str, revision: str) -> Iterator[Path]:
-    """The snapshots of a repository in Hugging Face's cache, `revision` first (huggingface_hub, constants.py)."""
-    environment = os.environ
-    home = environment.get("HF_HOME") or os.path.join(  # noqa: PTH118  as huggingface_hub has it
-        environment.get("XDG_CACHE_HOME") or "~/.cache", "huggingface"
-    )
-    cache = environment.get("HF_HUB_CACHE") or environment.get("HUGGINGFACE_HUB_CACHE") or f"{home}/hub"
-    folder = Path(os.path.expandvars(cache)).expanduser() / f"models--{repository.replace('/', '--')}"
+    """The snapshots of a repository in Hugging Face's cache that `revision` may mean, the first to be taken first.
+
+    Any will do for a card that names none, after the one that is main; of a revision that a card names, only its own.
+    """
+    folder = huggingface_folder(repository)
     try:
         current = (folder / "refs" / revision).read_text("utf-8").strip()
     except (OSError, ValueError):
         current = revision  # which may be a commit's own name
     yield folder / "snapshots" / current
-    yield from (one for one in sorted(folder.glob("snapshots/*")) if one.name != current)
+    if revision == DEFAULT_REVISION:
+        yield from (one for one in sorted(folder.glob("snapshots/*")) if one.name != current)
 
 
 def _modelscope(repository: str) -> Iterator[Path]:
     """The folders that the versions of modelscope have used for a repository (modelscope, hub/utils/utils.py)."""
-    cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
+    cache = modelscope_cache()
     owner, _, name = repository.partition("/")
     yield from sorted((cache / "models" / f"{owner}--{name}").glob("snapshots/*"))
     for root in (cache / "models", cache / "hub" / "models", cache / "hub", cache):
