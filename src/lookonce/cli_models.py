@@ -233,4 +233,3 @@ def _card(name: str) -> "ModelCard":
 def _pair_size(card: "ModelCard") -> int | None:
     text, projector = card.text_file().size_bytes, card.projector_file().size_bytes
     return None if text is None or projector is None else text + projector
-
