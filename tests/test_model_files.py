@@ -454,7 +454,7 @@ def test_a_hash_that_the_hub_told_counts_too(
     monkeypatch.setattr(model_files.published, "complete", lambda _, file: told if file.name == told.name else file)
     assert find_files("tiny").text.path == folder / "one.gguf"
     flip(folder / "one.gguf")
-    with pytest.raises(ModelFileError, match="one.gguf is not the file that tiny means"):
+    with pytest.raises(ModelFileError, match=r"one\.gguf is not the file that tiny means"):
         find_files("tiny")
 
 

@@ -105,8 +105,7 @@ def candidates(card: ModelCard, file: CardFile) -> Iterator[Path]:
         yield folder / name
         yield from (folder / flat for flat in _flat(card, file))
         pattern = glob.escape(name)
-        with suppress(OSError):  # it may not be read
-            yield from [path for deep in ("*", "*/*") for path in sorted(folder.glob(f"{deep}/{pattern}"))]
+        yield from (path for deep in ("*", "*/*") for path in _matches(folder, f"{deep}/{pattern}"))
     yield from (folder / file.name for folder in repository_folders(card))
 
 
@@ -117,6 +116,13 @@ def repository_folders(card: ModelCard) -> Iterator[Path]:
             yield from _huggingface(card.huggingface, card.revision)
         if card.modelscope:
             yield from _modelscope(card.modelscope)
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:  # it may not be read
+        return []
 
 
 def _base(file: CardFile) -> str:
@@ -141,13 +147,13 @@ def _huggingface(repository: str, revision: str) -> Iterator[Path]:
     except (OSError, ValueError):
         current = revision  # which may be a commit's own name
     yield folder / "snapshots" / current
-    yield from (one for one in sorted(folder.glob("snapshots/*")) if one.name != current)
+    yield from (one for one in _matches(folder, "snapshots/*") if one.name != current)
 
 
 def _modelscope(repository: str) -> Iterator[Path]:
     """The folders that the versions of modelscope have used for a repository (modelscope, hub/utils/utils.py)."""
     cache = Path(os.environ.get("MODELSCOPE_CACHE") or "~/.cache/modelscope").expanduser()
     owner, _, name = repository.partition("/")
-    yield from sorted((cache / "models" / f"{owner}--{name}").glob("snapshots/*"))
+    yield from _matches(cache / "models" / f"{owner}--{name}", "snapshots/*")
     for root in (cache / "models", cache / "hub" / "models", cache / "hub", cache):
         yield from (root / owner / one for one in dict.fromkeys((name.replace(".", "___"), name)))
