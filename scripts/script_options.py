@@ -20,8 +20,12 @@ class _Parser(argparse.ArgumentParser):
 def make_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Give a parser that knows --model, --mmproj, --device and --verbose."""
     parser = make_bare_parser(program, description)
-    parser.add_argument("--model", help="the text model's .gguf file, or its folder (default: $LOOKONCE_MODEL)")
-    parser.add_argument("--mmproj", help="its projector file (default: the one beside the model that fits)")
+    parser.add_argument(
+        "--model", help="a card's name, the text model's .gguf file, or its folder (default: $LOOKONCE_MODEL)"
+    )
+    parser.add_argument(
+        "--mmproj", help="its projector file (default: the card's, or the one beside the model that fits)"
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:0 or metal")
     return parser
 

@@ -184,3 +184,12 @@ def test_the_readmes_card_can_be_read(own: Path) -> None:
 def test_reading_cards_loads_no_native_library() -> None:
     code = "import sys, lookonce.cards; lookonce.cards.read_cards(); sys.exit('llama_cpp' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_a_home_folder_that_nobody_has_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS", "~nosuchuser/x.toml")
+    for ask in (user_file, read_cards):
+        with pytest.raises(
+            ModelFileError, match=r"LOOKONCE_MODELS is '~nosuchuser/x.toml' \(.*\): set LOOKONCE_MODELS"
+        ):
+            ask()

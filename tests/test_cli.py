@@ -579,3 +579,22 @@ sys.exit(lookonce.cli.main(["ask", "x", "--model", "y"]))
     assert seconds < 5
     assert shown.rindex(b"\x1b[?25h") > shown.rindex(b"\x1b[?25l")
     assert b"lookonce: interrupted" in shown
+
+
+def test_the_doctor_looks_where_models_are_looked_for(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_pair: tuple[Path, Path]
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
+    own = tmp_path / "data" / "lookonce" / "models" / "mine"
+    cached = tmp_path / "hub" / "hub" / "models--Qwen--Qwen3-VL-2B-Instruct-GGUF" / "snapshots" / "abc"
+    (tmp_path / "blobs").mkdir()
+    for folder in (own, cached):
+        folder.mkdir(parents=True)
+    shutil.copy(tiny_pair[0], own / "text.gguf")
+    shutil.copy(tiny_pair[1], tmp_path / "blobs" / "0123")
+    (cached / "mmproj.gguf").symlink_to(tmp_path / "blobs" / "0123")
+    status, out, _ = run_here(capsys, "doctor")
+    assert status == 0
+    assert str(own / "text.gguf") in out
+    assert str(cached / "mmproj.gguf") in out

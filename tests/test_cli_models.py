@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from card_maker import write_card
-from lookonce import cli
+from lookonce import cli, fingerprint
 from lookonce.cards import ModelCard, read_cards
-from lookonce.fingerprint import known_fingerprint
+from lookonce.fingerprint import hash_files, known_fingerprint
 from lookonce.store import Store
 
 Pair = tuple[Path, Path]
@@ -99,6 +99,45 @@ def test_a_whole_model_is_verified_and_its_hashes_are_remembered(
     assert [one["verdict"] for one in told(capsys, "verify")] == ["whole", "whole"]
     with Store() as store:
         assert known_fingerprint(folder / "one.gguf", store) == card.text_file().sha256
+
+
+def test_a_file_that_changes_behind_the_reading_is_not_remembered(
+    card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hash_and_change(paths: tuple[Path, ...]) -> str:
+        found = hash_files(paths)
+        flip(folder / "one.gguf")
+        return found
+
+    monkeypatch.setattr(fingerprint, "hash_files", hash_and_change)
+    status, _, errors = run(capsys, "verify", "tiny")
+    assert status == 2
+    assert f"{folder / 'one.gguf'} was changed" in errors
+    with Store() as store:
+        assert known_fingerprint(folder / "one.gguf", store) is None
+
+
+def test_a_file_that_may_be_several_cards_is_whole_if_it_is_one_of_them(
+    card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = (folder / "one.gguf").read_bytes()
+    flip(folder / "one.gguf")
+    write_card(folder / "own.toml", folder / "one.gguf", folder / "two.gguf", name="another")
+    (folder / "one.gguf").write_bytes(kept)
+    assert run(capsys, "verify", folder / "one.gguf") == (0, f"{folder / 'one.gguf'}: whole\n", "")
+    assert run(capsys, "verify")[:2] == (0, f"{folder / 'one.gguf'}: whole\n{folder / 'two.gguf'}: whole\n")
+    flip(folder / "one.gguf", 2000)
+    status, out, _ = run(capsys, "verify", folder / "one.gguf")
+    assert (status, out.count("DAMAGED"), out.count("\n")) == (1, 1, 1)
+
+
+def test_a_card_that_was_named_and_is_not_on_this_disk_is_a_failure(
+    card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(capsys, "verify", "qwen3-vl-2b-instruct")[:2] == (1, "none of these models is on this disk\n")
+    status, out, _ = run(capsys, "verify", "tiny", "qwen3-vl-2b-instruct")
+    assert (status, out.splitlines()[-1]) == (1, "qwen3-vl-2b-instruct: not on this disk")
+    assert run(capsys, "verify", "qwen3-vl-2b-instruct", "--json")[:2] == (1, "[]\n")
 
 
 def test_a_flipped_byte_is_told_with_the_file_and_both_hashes(

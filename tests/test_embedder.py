@@ -684,3 +684,14 @@ def test_a_cards_instruction_does_not_go_with_another_prompt(
         (with_card,) = Embedder(model, prompt="plain").prompts(["a cat"])
         (told,) = Embedder(model, prompt="plain", instruction="Find its like.").prompts(["a cat"])
         assert with_card.n_tokens < told.n_tokens
+
+
+def test_a_cards_instruction_holds_with_the_prompt_that_would_be_taken_anyway(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS", str(tmp_path / "own.toml"))
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(tiny_pair[0].parent))
+    write_card(tmp_path / "own.toml", *tiny_pair, instruction="Find its like.")
+    with lookonce.load("tiny", n_ctx=256, **EXACT) as model:
+        given, left_out = (Embedder(model, prompt=prompt).prompts(["a cat"])[0] for prompt in ("chat", None))
+        assert list(given.units()) == list(left_out.units())

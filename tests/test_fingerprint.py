@@ -12,7 +12,7 @@ import gguf_maker as maker
 from gguf_maker import Q, T
 from lookonce import fingerprint, gguf_file
 from lookonce.errors import ModelFileError
-from lookonce.fingerprint import fingerprint_of, hash_files, known_fingerprint, remember_fingerprint
+from lookonce.fingerprint import Fingerprint, fingerprint_of, hash_files, known_fingerprint, remember_fingerprint
 from lookonce.store import Store
 
 
@@ -59,7 +59,9 @@ def test_that_of_a_split_model_is_of_all_parts_in_order(tmp_path: Path, store: S
     assert fingerprint_of(gguf, store) == sha256(*paths)
     assert fingerprint_of(paths[0], store) == sha256(paths[0])
     paths[2].write_bytes(paths[2].read_bytes() + b"x")
-    assert known_fingerprint(gguf, store) is None
+    assert known_fingerprint(gguf_file.read(paths[0]), store) is None
+    with pytest.raises(ModelFileError, match="was changed while the model was loaded"):
+        known_fingerprint(gguf, store)
 
 
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="only Linux counts what a process reads")
@@ -138,3 +140,45 @@ def test_without_a_store_the_users_own_is_read_and_not_written(
 def test_a_note_of_another_form_is_no_fingerprint(file: Path, store: Store) -> None:
     store.remember("fingerprint", fingerprint.identity([file]), "nonsense")
     assert fingerprint_of(file, store) == sha256(file)
+
+
+def test_a_file_replaced_after_its_header_was_read_has_no_fingerprint(tmp_path: Path, store: Store) -> None:
+    path = maker.write(tmp_path / "m.gguf", {}, {"t": ((8,), Q.F32)})
+    gguf = gguf_file.read(path)
+    path.with_name("other").write_bytes(path.read_bytes())
+    path.with_name("other").replace(path)
+    for ask in (Fingerprint(gguf, store).value, Fingerprint(gguf, store).check_unchanged):
+        with pytest.raises(ModelFileError, match="was changed while the model was loaded"):
+            ask()
+    assert Fingerprint(gguf_file.read(path), store).value() == sha256(path)
+
+
+def test_what_is_remembered_is_read_anew_on_demand(file: Path, store: Store) -> None:
+    remember_fingerprint(file, "ab" * 32, store)
+    assert Fingerprint(file, store).value() == "ab" * 32
+    assert Fingerprint(file, store).read() == sha256(file)
+    assert known_fingerprint(file, store) == sha256(file)
+
+
+def test_an_old_time_that_was_given_to_a_new_content_does_not_hide_its_age(
+    file: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(fingerprint.time, "sleep", waited.append)
+    os.utime(file, (1e9, 1e9 + 0.5))  # as cp -p and rsync -t leave a file that they have written just now
+    remember_fingerprint(file, sha256(file), store)
+    assert len(waited) == 1
+    assert 0 < waited[0] <= 0.1
+
+
+def test_a_change_behind_the_reading_is_not_noted(file: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    def hash_and_wait(paths: tuple[Path, ...]) -> str:
+        found = hash_files(paths)
+        time.sleep(0.2)  # as a large file takes
+        return found
+
+    monkeypatch.setattr(fingerprint, "hash_files", hash_and_wait)
+    now = time.time() + 0.15  # of the moment still when the reading begins
+    os.utime(file, (now, now))
+    Fingerprint(file, store).read()
+    assert known_fingerprint(file, store) is None

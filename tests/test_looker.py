@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 import lookonce
+from card_maker import write_card
 from look_maker import make_look, make_picture
 from lookonce import fingerprint, gguf_file
 from lookonce.embedding import ImageEmbedding
@@ -467,3 +468,14 @@ def test_what_cannot_be_kept_is_answered_all_the_same(
 def test_the_families_rules_are_the_references(tiny_pair: Pair, tiny_pair_25: Pair) -> None:
     for pair, rule in ((tiny_pair, QWEN3_VL), (tiny_pair_25, QWEN2_VL)):
         assert Projector(gguf_file.read(pair[1]), None, None).rule == rule
+
+
+def test_a_cards_limit_makes_room_for_the_callers(
+    tiny_pair: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS", str(tmp_path / "own.toml"))
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(tiny_pair[0].parent))
+    write_card(tmp_path / "own.toml", *tiny_pair, min_pixels=65_536, max_pixels=131_072)
+    with lookonce.load("tiny", store=False, threads=1) as model:
+        assert model.look(make_picture(1, 300, 200), max_pixels=8192).n_rows <= 8
+        assert model.look(make_picture(1, 300, 200), min_pixels=196_608).n_rows >= 192

@@ -14,7 +14,7 @@ from PIL import Image
 
 import lookonce
 from look_maker import make_look, make_picture
-from lookonce.errors import ClosedError, ModelFileError, PromptError, StoreError
+from lookonce.errors import ClosedError, InputError, ModelFileError, PromptError, StoreError
 from lookonce.model import Model
 
 Pair = tuple[Path, Path]
@@ -162,3 +162,19 @@ def test_answers_stay_the_same_however_many_came_before(model: Model) -> None:
     first = [model.ask("What is it?", [look], **GREEDY).text for look in looks]
     order = np.random.default_rng(0).integers(0, 4, 40).tolist()
     assert [model.ask("What is it?", [looks[one]], **GREEDY).text for one in order] == [first[one] for one in order]
+
+
+@pytest.mark.parametrize(
+    ("options", "environment"),
+    [({"store": 5}, {}), ({}, {"LOOKONCE_TRIAL": "off"}), ({"mmproj_type": "F64"}, {}), ({"n_ctx": -1}, {})],
+)
+def test_a_wrong_option_is_refused_before_anything_is_fetched(
+    monkeypatch: pytest.MonkeyPatch, options: dict[str, Any], environment: dict[str, str]
+) -> None:
+    asked: list[object] = []
+    monkeypatch.setattr("lookonce.download.pull", lambda *given, **_: asked.append(given))
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError):
+        lookonce.load("qwen3-vl-2b-instruct", download=True, **options)
+    assert asked == []

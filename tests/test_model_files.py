@@ -1,5 +1,6 @@
 """From what a user names to a model's two files."""
 
+import hashlib
 import logging
 import shutil
 from pathlib import Path
@@ -11,9 +12,11 @@ import lookonce
 from card_maker import write_card
 from gguf_maker import T
 from look_maker import make_picture
+from lookonce import fingerprint, model_files
 from lookonce.cards import ModelCard, find_card
 from lookonce.errors import InputError, ModelFileError
 from lookonce.model_files import find_files, locate_card, pull_command
+from lookonce.store import Store
 
 Pair = tuple[Path, Path]
 
@@ -380,3 +383,167 @@ def test_a_cards_options_hold_where_none_are_given(card: ModelCard, folder: Path
         assert model.look(make_picture(1, 300, 200), max_pixels=20_000).n_rows > 6
     with lookonce.load(folder / "one.gguf", mmproj=folder / "two.gguf", store=False, threads=1) as model:
         assert model.card is not None
+
+
+# --- content that is not what is published
+
+
+def flip(path: Path) -> str:
+    """Change the file's last weight; give the SHA-256 that it then has."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    return hashlib.sha256(content).hexdigest()
+
+
+@pytest.mark.parametrize("name", ["one.gguf", "two.gguf"])
+@pytest.mark.parametrize("with_store", [True, False])
+def test_a_cards_file_of_another_content_is_refused_with_both_hashes(
+    card: ModelCard, folder: Path, tmp_path_factory: pytest.TempPathFactory, name: str, with_store: bool
+) -> None:
+    expected = hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    actual = flip(folder / name)
+    store = tmp_path_factory.mktemp("store") if with_store else False
+    with pytest.raises(ModelFileError) as caught:
+        lookonce.load("tiny", store=store, threads=1)
+    said = str(caught.value)
+    assert said.startswith(
+        f"{folder / name} is not the file that tiny means: its SHA-256 is {actual}, expected {expected}: "
+        "`lookonce pull tiny` fetches them, 21.4 MB; delete this one, or give its path in place of the name"
+    )
+    assert "\n" not in said
+
+
+def test_a_right_copy_is_taken_in_place_of_a_damaged_one(
+    card: ModelCard, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "deep").mkdir()
+    for name in ("one.gguf", "two.gguf"):
+        shutil.copy(folder / name, folder / "deep" / name)
+        flip(folder / name)
+    files = find_files("tiny")
+    assert (files.text.path, files.projector and files.projector.path) == (
+        folder / "deep" / "one.gguf",
+        folder / "deep" / "two.gguf",
+    )
+    assert files.verified == (folder / "deep" / "one.gguf", folder / "deep" / "two.gguf")
+    assert f"passed over for {folder / 'deep' / 'one.gguf'}: {folder / 'one.gguf'} is not the file" in caplog.text
+
+
+def test_what_is_fetched_is_taken_in_place_of_a_damaged_one(card: ModelCard, folder: Path) -> None:
+    def fetch(*_: object) -> None:
+        (folder / "fetched").mkdir()
+        (folder / "right").rename(folder / "fetched" / "one.gguf")
+
+    shutil.copy(folder / "one.gguf", folder / "right")
+    flip(folder / "one.gguf")
+    assert find_files("tiny", fetch=fetch).text.path == folder / "fetched" / "one.gguf"
+
+
+def test_a_hash_that_the_hub_told_counts_too(
+    card: ModelCard, folder: Path, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path_factory.mktemp("data")))
+    own = folder / "own.toml"
+    own.write_text(
+        "\n".join(line.partition(", size")[0] + " }" * (", size" in line) for line in own.read_text().split("\n"))
+    )
+    told = card.text_file()
+    plain = find_card("tiny")
+    assert plain is not None
+    monkeypatch.setattr(model_files.published, "complete", lambda _, file: told if file.name == told.name else file)
+    assert find_files("tiny").text.path == folder / "one.gguf"
+    flip(folder / "one.gguf")
+    with pytest.raises(ModelFileError, match=r"one\.gguf is not the file that tiny means"):
+        find_files("tiny")
+
+
+def test_a_file_given_by_its_path_is_taken_with_a_warning(
+    card: ModelCard, folder: Path, tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Store(tmp_path_factory.mktemp("store")) as store:
+        assert find_files(folder / "one.gguf", store=store).card == card
+        assert not caplog.records
+        actual = flip(folder / "one.gguf")
+        assert find_files(folder / "one.gguf", store=store).card == card
+    (said,) = [record.message for record in caplog.records]
+    assert said.startswith(
+        f"{folder / 'one.gguf'} has the name and size of a file of tiny, and is another: its SHA-256"
+    )
+    assert actual in said
+    assert str(card.text_file().sha256) in said
+
+
+def test_what_is_known_of_a_cards_files_costs_no_reading(
+    card: ModelCard, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with Store(tmp_path_factory.mktemp("store")) as store:
+        find_files("tiny", store=store)
+
+        def read(*_: object) -> str:
+            raise AssertionError("a file was read through")
+
+        monkeypatch.setattr(fingerprint, "hash_files", read)
+        assert len(find_files("tiny", store=store).verified) == 2
+
+
+# --- projectors that are called the same for every model
+
+
+@pytest.fixture
+def shelf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of models, one to a folder, and a card for that in the last, whose sizes and hashes are not known."""
+    monkeypatch.setenv("LOOKONCE_MODELS", str(tmp_path / "own.toml"))
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(tmp_path))
+    (tmp_path / "own.toml").write_text(
+        '[mine]\nfamily = "qwen3vl"\nlicence = "MIT"\nhuggingface = "me/Mine"\n'
+        'text.F32 = { file = "mine.gguf" }\nprojector.F16 = { file = "mmproj-F16.gguf" }\n'
+    )
+    (tmp_path / "zzz-mine").mkdir()
+    (tmp_path / "aaa-other").mkdir()
+    maker.write_text(tmp_path / "zzz-mine" / "mine.gguf", keys=name_keys(name="Mine"))
+    return tmp_path
+
+
+def test_the_projector_beside_the_text_model_goes_before_those_of_other_models(shelf: Path) -> None:
+    maker.write_projector(shelf / "aaa-other" / "mmproj-F16.gguf", keys=name_keys(name="Other"))
+    maker.write_projector(shelf / "zzz-mine" / "mmproj-F16.gguf", keys=name_keys(name="Mine"))
+    files = find_files("mine")
+    assert files.projector is not None
+    assert files.projector.path == shelf / "zzz-mine" / "mmproj-F16.gguf"
+
+
+def test_of_the_others_one_that_does_not_fit_is_passed_over(
+    shelf: Path, tiny_pair_25: Pair, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copy(tiny_pair_25[1], shelf / "aaa-other" / "mmproj-F16.gguf")
+    missing = find_files("mine").missing
+    stray = shelf / "aaa-other" / "mmproj-F16.gguf"
+    assert missing.startswith(
+        f"the projector of mine is not on this disk ({stray} is of another model): `lookonce pull"
+    )
+    (shelf / "bbb").mkdir()
+    maker.write_projector(shelf / "bbb" / "mmproj-F16.gguf", keys=name_keys(name="Mine"))
+    files = find_files("mine")
+    assert files.projector is not None
+    assert files.projector.path == shelf / "bbb" / "mmproj-F16.gguf"
+    assert str(stray) in caplog.text
+
+
+def test_a_projector_that_calls_itself_otherwise_is_taken_with_a_warning(
+    shelf: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    other = maker.write_projector(shelf / "aaa-other" / "mmproj-F16.gguf", keys=name_keys(name="Other"))
+    for named in ("mine", shelf / "zzz-mine" / "mine.gguf"):
+        caplog.clear()
+        files = find_files(named)
+        assert files.projector is not None
+        (said,) = [record.message for record in caplog.records]
+        assert f"{files.projector.path} calls itself 'Other' and the text model" in said
+        shutil.copy(other, shelf / "zzz-mine" / "any.gguf")
+
+
+def test_projectors_that_do_not_fit_are_listed(folder: Path, tiny_pair_25: Pair) -> None:
+    (folder / "two.gguf").unlink()
+    shutil.copy(tiny_pair_25[1], folder / "other.gguf")
+    assert find_files(folder).missing.startswith("no projector file fits one.gguf in its folder, not other.gguf, and")

@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from huggingface_hub import try_to_load_from_cache
 
 from lookonce.cards import CardFile, ModelCard
+from lookonce.errors import ModelFileError
 from lookonce.model_folders import find_named, folders, locate, published_name, user_folder
 
 FILE = CardFile("tiny.gguf", 4)
@@ -167,3 +169,44 @@ def test_a_published_name_stands_alone_or_after_its_repository() -> None:
     assert published_name(CARD, FILE, "me_Tiny.GGUF_tiny.gguf")
     assert not published_name(CARD, FILE, "you_Tiny.GGUF_tiny.gguf")
     assert not published_name(CARD, FILE, "mytiny.gguf")
+
+
+def test_a_home_folder_that_nobody_has_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", "~nosuchuser/x")
+    with pytest.raises(ModelFileError, match=r"LOOKONCE_MODELS_DIR is '~nosuchuser/x' \(.*\): set it to a folder"):
+        folders()
+
+
+HOMELESS = """
+import os, sys
+os.environ.pop("HOME", None) if sys.argv[1] == "none" else os.environ.update(HOME=sys.argv[1])
+from lookonce.cards import CardFile, ModelCard  # imported while all may be read
+from lookonce.model_files import find_files
+from lookonce.model_folders import find_named, locate
+os.setuid(54321)
+card = ModelCard("tiny", "qwen3vl", "MIT", {"F32": CardFile("tiny.gguf")}, {}, "me/Tiny.GGUF", "us/Tiny.GGUF")
+print(find_files(sys.argv[2]).text.path, find_named("x"), locate(card, CardFile("tiny.gguf")))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32" or os.getuid() != 0, reason="needs another user")
+@pytest.mark.parametrize("kind", ["none", "unreadable"])
+def test_without_a_home_that_can_be_read_a_path_still_loads(tiny_pair: tuple[Path, Path], kind: str) -> None:
+    with tempfile.TemporaryDirectory() as one:
+        Path(one).chmod(0o755)
+        text = Path(shutil.copy(tiny_pair[0], one))
+        text.chmod(0o644)
+        closed = Path(one) / "home"
+        closed.mkdir(mode=0o700)
+        environment = {name: value for name, value in os.environ.items() if not name.startswith(("XDG_", "LOOKONCE_"))}
+        for name in ("HF_HOME", "MODELSCOPE_CACHE"):
+            environment.pop(name)
+        ended = subprocess.run(
+            [sys.executable, "-c", HOMELESS, "none" if kind == "none" else closed, text],
+            check=False,
+            capture_output=True,
+            env=environment,
+            text=True,
+        )
+        assert ended.stdout.split() == [str(text), "None", "None"], ended.stderr
+        assert "your own cards are not read: " in ended.stderr

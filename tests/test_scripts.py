@@ -10,6 +10,7 @@ from PIL import Image
 
 from lookonce import cli
 from lookonce.embedding import ImageEmbedding
+from script_options import make_parser
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "scripts"
 FAST = ("--temperature", "0", "--max-tokens", "8")
@@ -187,3 +188,7 @@ def test_the_shell_scripts_parse_and_name_no_place_outside_the_repository(script
     assert subprocess.run(["bash", "-n", str(SCRIPTS / script)], check=False).returncode == 0
     assert "://" not in text
     assert os.environ.get("HOME", "/root") not in text
+
+
+def test_the_help_says_that_a_model_has_a_name() -> None:
+    assert "a card's name" in make_parser("x", "y").format_help()

@@ -146,13 +146,14 @@ def test_files_that_a_card_vouches_for_are_not_tried(
     monkeypatch.setenv("LOOKONCE_MODELS", str(tmp_path / "own.toml"))
     monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(tmp_path))
     write_card(tmp_path / "own.toml", *pair)
-    lookonce.load("tiny", store=tmp_path / "store", threads=1).close()
+    for store in (tmp_path / "store", False):
+        lookonce.load("tiny", store=store, threads=1).close()
     lookonce.load(pair[0], store=tmp_path / "store", threads=1).close()
     assert started == []
     with pair[0].open("rb+") as file:  # of the right name and size
         file.seek(-1, 2)
         file.write(b"\x01")
-    lookonce.load("tiny", store=tmp_path / "store", threads=1).close()
+    lookonce.load(pair[0], store=tmp_path / "store", threads=1).close()
     assert len(started) == 1
 
 
@@ -223,9 +224,9 @@ def test_the_child_finds_what_the_caller_found(pair: Pair, tmp_path: Path) -> No
     assert (tmp_path / "mark").exists()
 
 
-@pytest.mark.parametrize("python", ["/nonexistent", "/bin/true", "/bin/false"])
+@pytest.mark.parametrize("python", ["/nonexistent", "/bin/true", "/bin/false", None, ""])
 def test_where_no_child_can_be_had_the_model_loads_without_a_trial(
-    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, python: str
+    pair: Pair, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, python: str | None
 ) -> None:
     monkeypatch.setattr(sys, "executable", python)
     with caplog.at_level(logging.INFO, "lookonce.trial"):
@@ -278,3 +279,116 @@ def test_a_later_load_reads_no_file_through(pair: Pair, tmp_path: Path) -> None:
     smaller = min(path.stat().st_size for path in pair)
     assert read[0] > sum(path.stat().st_size for path in pair)
     assert max(read[1:]) < smaller
+
+
+def test_an_application_that_holds_python_is_not_started_once_more(
+    pair: Pair, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    try_model(find_files(pair[0]), None)
+    assert started == []
+
+
+def test_a_child_that_is_such_an_application_tries_nothing_itself(pair: Pair, tmp_path: Path) -> None:
+    # It ignores what it is told, as an embedding program does, and loads its model, a trial and all.
+    app = tmp_path / "app"
+    app.write_text(f"#!/bin/sh\necho begun >> {tmp_path}/begun\nexec {sys.executable} {tmp_path}/app.py\n")
+    app.chmod(0o755)
+    (tmp_path / "app.py").write_text(
+        f"import sys, lookonce; sys.executable = {str(app)!r}\n"
+        f"lookonce.load({str(pair[0])!r}, store=False, threads=1, trial=True).close()\n"
+    )
+    subprocess.run([str(app)], check=True, timeout=60)
+    assert (tmp_path / "begun").read_text().split() == ["begun"] * 2
+
+
+def test_the_present_folders_modules_are_not_run(
+    pair: Pair, tmp_path: Path, started: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    for name in ("json", "resource"):
+        (tmp_path / "here" / f"{name}.py").write_text(f"open({str(tmp_path / 'mark')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setattr(sys, "path", ["", *sys.path])
+    try_model(find_files(pair[0]), None)
+    assert len(started) == 1
+    assert not (tmp_path / "mark").exists()
+
+
+def child(monkeypatch: pytest.MonkeyPatch, folder: Path, script: str) -> None:
+    """Let a shell script stand for the child."""
+    (folder / "child").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "child").chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(folder / "child"))
+
+
+@pytest.mark.parametrize(
+    ("signal", "said"),
+    [
+        ("KILL", "was not loaded, its trial load was ended by SIGKILL, as the system does where memory runs out: free"),
+        ("TERM", "was not loaded, its trial load was ended by SIGTERM from outside: load it again"),
+        ("ILL", "cannot be loaded, llama.cpp died of SIGILL in a trial load (it said nothing): it was built for"),
+        ("SEGV", "cannot be used, llama.cpp died of SIGSEGV in a trial load (it said nothing): download it again"),
+    ],
+)
+def test_only_llama_cpps_own_deaths_are_the_files_fault(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signal: str, said: str
+) -> None:
+    child(monkeypatch, tmp_path, f"ulimit -c 0; kill -s {signal} $$")
+    assert refusal(find_files(pair[0])).startswith(f"{pair[0]} {said}")
+
+
+def test_a_child_that_had_begun_and_ends_without_a_word_has_found_the_file_bad(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # As a crash on Windows, and any Python error on the way.
+    child(monkeypatch, tmp_path, f'echo \'{{"file": "{pair[1]}"}}\'; echo MemoryError >&2; exit 3')
+    said = refusal(find_files(pair[0]))
+    assert said.startswith(f"{pair[1]} cannot be used, a trial load of it ended with status 3 (MemoryError): ")
+
+
+def test_a_child_that_could_not_begin_is_told_of_in_a_warning(
+    pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    child(monkeypatch, tmp_path, "echo 42; echo 'ImportError: no lookonce' >&2; exit 1")
+    try_model(find_files(pair[0]), None)
+    assert [(one.levelname, one.message) for one in caplog.records if one.name == "lookonce.trial"] == [
+        ("WARNING", f"no trial of {pair[0]}: the child ended with 1: ImportError: no lookonce")
+    ]
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_a_file_replaced_during_the_trial_is_not_loaded_and_not_taken_for_tried(
+    pair: Pair, deadly: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: int
+) -> None:
+    files = find_files(pair[0])
+    real = trial._try_in_child
+
+    def try_and_replace(files: ModelFiles, parts: list[gguf_file.GgufFile]) -> bool:
+        loaded = real(files, parts)
+        deadly.replace(pair[part])
+        return loaded
+
+    noted: list[str] = []
+    with Store(tmp_path / "store") as store, monkeypatch.context() as patch:
+        patch.setattr(trial, "_try_in_child", try_and_replace)
+        patch.setattr(store, "remember", lambda kind, *_: noted.append(kind))
+        with pytest.raises(ModelFileError, match="was changed while the model was loaded"):
+            try_model(files, store)
+    assert "trial" not in noted
+
+
+def test_a_text_model_replaced_after_the_trial_never_reaches_native_code(
+    pair: Pair, deadly: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def try_and_replace(files: ModelFiles, store: Store | None) -> None:
+        try_model(files, store)
+        deadly.replace(pair[0])
+
+    def load(*_: object, **__: object) -> None:
+        raise AssertionError("it reached native code")
+
+    monkeypatch.setattr("lookonce.model.try_model", try_and_replace)
+    monkeypatch.setattr("lookonce.engine.TextModel", load)
+    with pytest.raises(ModelFileError, match="was changed while the model was loaded"):
+        lookonce.load(pair[0], store=False, threads=1)

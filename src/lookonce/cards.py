@@ -4,6 +4,7 @@ Knows nothing of what lies on the disk (see `model_files`) nor of hubs (see `dow
 """
 
 import difflib
+import logging
 import os
 import re
 import sys
@@ -25,6 +26,8 @@ else:
     import tomli as tomllib
 
 __all__ = ["DEFAULT_REVISION", "CardFile", "ModelCard", "choose_card", "find_card", "read_cards", "user_file"]
+
+logger = logging.getLogger(__name__)
 
 Prompt = Literal["chat", "plain"]
 _Files = Mapping[str, "CardFile"]
@@ -97,7 +100,11 @@ class ModelCard:
 def user_file() -> Path:
     """Where the user's own cards are read from: what LOOKONCE_MODELS names, else the configuration folder."""
     named = os.environ.get("LOOKONCE_MODELS")
-    return Path(named).expanduser() if named else platformdirs.user_config_path("lookonce") / "models.toml"
+    try:
+        return Path(named).expanduser() if named else platformdirs.user_config_path("lookonce") / "models.toml"
+    except RuntimeError as error:  # a home folder that nobody has
+        what = f"LOOKONCE_MODELS is {named!r}" if named else "a file of your own cards has no place"
+        raise ModelFileError(f"{what} ({error}): set LOOKONCE_MODELS to its path") from error
 
 
 def read_cards() -> Mapping[str, ModelCard]:
@@ -106,12 +113,29 @@ def read_cards() -> Mapping[str, ModelCard]:
     Raises ModelFileError, with the file, its line and the field, for a card that cannot be used.
     """
     cards = _read_file(next(path for path in _SHIPPED if path.exists()), folders=_PACKAGE)
-    own = user_file()
-    if own.exists():
-        cards |= _read_file(own, folders=own.parent)
-    elif os.environ.get("LOOKONCE_MODELS"):
-        raise ModelFileError(f"LOOKONCE_MODELS is {os.environ['LOOKONCE_MODELS']!r}, which does not exist: unset it")
-    return MappingProxyType(cards)
+    own = _own_file()
+    return MappingProxyType(cards if own is None else cards | _read_file(own, folders=own.parent))
+
+
+def _own_file() -> Path | None:
+    """The user's own file where there is one; not to get at it is an error where it was named."""
+    named = os.environ.get("LOOKONCE_MODELS")
+    try:
+        own = user_file()
+        if own.exists():
+            return own
+    except (ModelFileError, OSError) as error:
+        if not named:
+            logger.warning("your own cards are not read: %s", error)
+            return None
+        if isinstance(error, ModelFileError):
+            raise
+        raise ModelFileError(
+            f"LOOKONCE_MODELS is {named!r}, which cannot be read ({error.strerror}): check path and permissions"
+        ) from error
+    if named:
+        raise ModelFileError(f"LOOKONCE_MODELS is {named!r}, which does not exist: unset it")
+    return None
 
 
 def find_card(name: str) -> ModelCard | None:

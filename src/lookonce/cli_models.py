@@ -33,6 +33,7 @@ _Names = Annotated[list[str] | None, typer.Argument(metavar="[NAME...]", help="C
 class _FoundFile:
     """A card's file; `path` is where it lies, None where it is not on this disk."""
 
+    card: str
     kind: str
     type: str
     file: "CardFile"
@@ -78,7 +79,7 @@ def show(*, name: _Name, json_: JsonFlag = False) -> None:
     """Show a card: its repositories, options, and files with sizes and hashes."""
     card = _card(name)
     found = list(_files(card))
-    facts = {field: value for field, value in _plain(card).items() if field not in _KINDS}
+    facts = {field: getattr(card, field) for field in type(card).__slots__ if field not in _KINDS}
     if json_:
         write_json({**facts, "files": [one.facts() for one in found]})
         return
@@ -107,38 +108,58 @@ def where(*, name: _Name, json_: JsonFlag = False) -> None:
 def verify(*, names: _Names = None, store: StoreFolder = None, json_: JsonFlag = False) -> None:
     """Read the files of cards on this disk and compare their size and SHA-256.
 
-    Status 1 where one differs. Without a known hash a file is reported as not
-    known. NAME may also be the path of a .gguf file: it is checked against the
-    card of its name.
+    Status 1 where one differs, and where nothing of a card that was named is on
+    this disk. Without a known hash a file is reported as not known. NAME may
+    also be the path of a .gguf file: it is checked against the cards of its name.
     """
     wanted = _wanted(names)
-    bad = 0
+    bad = False
     results = []
     with open_store(store) as notes:
-        from lookonce.fingerprint import hash_files, remember_fingerprint
+        from lookonce.fingerprint import Fingerprint
 
-        for one in wanted:
-            path = one.path
-            if path is None:
-                continue
+        for path, meant in _by_path(wanted).items():
             with status(f"Reading {path}"):
-                actual = hash_files([path])
-            verdict = _verdict(one, actual, path.stat().st_size)
-            bad += verdict == "damaged"
-            if verdict == "whole":
-                remember_fingerprint(path, actual, notes)
+                actual = Fingerprint(path, notes).read()
+            one, verdict = _judge(meant, actual, path.stat().st_size)
+            bad |= verdict == "damaged"
             results.append({**one.facts(), "actual_sha256": actual, "verdict": verdict})
             if not json_:
                 _print_verdict(one, actual, verdict)
+    absent = _absent(wanted)
     if json_:
         write_json(results)
     elif not results:
         write("none of these models is on this disk\n")
-    if bad:
+    elif names:
+        write("".join(f"{name}: not on this disk\n" for name in absent))
+    if bad or (names and absent):
         raise typer.Exit(FAILURE)
 
 
 models_app.command(epilog=RETYPE_EPILOG)(retype)
+
+
+def _by_path(found: list[_FoundFile]) -> dict[Path, list[_FoundFile]]:
+    """What lies on this disk, each file with all that it may be: on many cards files have the same name."""
+    meant: dict[Path, list[_FoundFile]] = {}
+    for one in found:
+        if one.path is not None:
+            meant.setdefault(one.path, []).append(one)
+    return meant
+
+
+def _absent(found: list[_FoundFile]) -> list[str]:
+    """The cards of which there is nothing on this disk."""
+    here = {one.card for one in found if one.path is not None}
+    return [name for name in dict.fromkeys(one.card for one in found) if name not in here]
+
+
+def _judge(meant: list[_FoundFile], actual: str, size_bytes: int) -> tuple[_FoundFile, str]:
+    """A file is whole if it is what one card means, and damaged if it has a card's size but not its content."""
+    verdicts = [(one, _verdict(one, actual, size_bytes)) for one in meant]
+    ranks = {"whole": 0, "damaged": 1, "unknown": 2}
+    return min(verdicts, key=lambda found: ranks[found[1]] + 3 * (found[0].file.size_bytes not in (None, size_bytes)))
 
 
 def _verdict(one: _FoundFile, actual: str, size_bytes: int) -> str:
@@ -179,7 +200,7 @@ def _named_file(path: Path) -> Iterator[_FoundFile]:
     if not path.exists():
         raise ModelFileError(f"{path} does not exist: check the path")
     known = [
-        _FoundFile(kind, type_, published.complete(card, file), path)
+        _FoundFile(card.name, kind, type_, published.complete(card, file), path)
         for card in read_cards().values()
         for kind in _KINDS
         for type_, file in getattr(card, kind).items()
@@ -197,7 +218,10 @@ def _files(card: "ModelCard", *, any_size: bool = False) -> Iterator[_FoundFile]
     for kind in _KINDS:
         for type_, file in getattr(card, kind).items():
             known = published.complete(card, file)
-            yield _FoundFile(kind, type_, known, locate(card, known, any_size=any_size))
+            path = locate(card, known)
+            if path is None and any_size:
+                path = locate(card, known, any_size=True)
+            yield _FoundFile(card.name, kind, type_, known, path)
 
 
 def _card(name: str) -> "ModelCard":
@@ -209,7 +233,3 @@ def _card(name: str) -> "ModelCard":
 def _pair_size(card: "ModelCard") -> int | None:
     text, projector = card.text_file().size_bytes, card.projector_file().size_bytes
     return None if text is None or projector is None else text + projector
-
-
-def _plain(card: "ModelCard") -> dict[str, Any]:
-    return {name: getattr(card, name) for name in type(card).__slots__}

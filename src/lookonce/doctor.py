@@ -18,11 +18,12 @@ import psutil
 
 from lookonce import gguf_check, gguf_file, retype
 from lookonce.byte_size import format_size
-from lookonce.cards import find_card
+from lookonce.cards import find_card, read_cards
 from lookonce.drawing import draw_shape
 from lookonce.errors import ModelFileError, StoreError
 from lookonce.gguf_file import GgufFile
 from lookonce.model_files import locate_card
+from lookonce.model_folders import folders, repository_folders
 from lookonce.store import Store
 from lookonce.version import VERSION
 
@@ -267,17 +268,16 @@ def _cpu_name() -> str:
 
 
 def find_models(named: str | None) -> list[FoundModel]:
-    """The GGUF files of the named model's folder, `LOOKONCE_MODELS_DIR`, /models and the current folder.
+    """The GGUF files of the named model's folder, the folders of models, the hubs' caches and the current folder.
 
-    Each folder and the folders in it are searched, no deeper.
+    Each folder and the folders in it are searched, no deeper; of the hubs' caches those that cards tell of.
     """
-    folders = [Path("/models"), Path.cwd()]
-    if directory := os.environ.get("LOOKONCE_MODELS_DIR"):
-        folders.insert(0, Path(directory).expanduser())
-    if named:
-        folders.insert(0, _folder_of(named))
-    paths = dict.fromkeys(path.resolve() for folder in folders for path in _ggufs(folder))
-    read = [_read(path) for path in islice(paths, _MOST_FILES)]
+    cached = [folder for card in read_cards().values() for folder in repository_folders(card)]
+    searched = [*([_folder_of(named)] if named else []), *folders(), Path.cwd(), *cached]
+    found: dict[Path, Path] = {}
+    for path in (path for folder in searched for path in _ggufs(folder)):
+        found.setdefault(path.resolve(), path.absolute())  # in a cache only a link tells a file's name
+    read = [_read(path) for path in islice(found.values(), _MOST_FILES)]
     projectors = [
         one
         for one in read

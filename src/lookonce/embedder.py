@@ -96,7 +96,7 @@ class Embedder:
     ) -> None:
         self._engine = model.engine
         if (card := model.card) is not None:
-            if instruction is None and prompt in (None, card.prompt):  # it belongs to the card's prompt
+            if instruction is None and prompt in (None, card.prompt or "chat"):  # it belongs to the card's prompt
                 instruction = card.instruction
             pooling = card.pooling if pooling is None else pooling
             prompt = card.prompt if prompt is None else prompt

@@ -113,11 +113,12 @@ class Engine:
         self._sequences: Sequences | None = None
         self._template: ChatTemplate | None = None
         self._closed = False
-        self._fingerprint = Fingerprint(files.text, store)  # before the file is read
+        self._fingerprint = Fingerprint(files.text, store)  # of the file whose header was checked
         devices = choose_devices(options.device)
         started = time.perf_counter()
         self.name = files.text.name
         self.card: Final = files.card
+        self._fingerprint.check_unchanged()
         self.text: Final = TextModel(files.text.path, devices=devices, gpu_layers=options.n_gpu_layers)
         logger.info("loaded %s in %.2f s", files.text.path, time.perf_counter() - started)
         n_ctx = DEFAULT_CONTEXT if files.card is None else files.card.n_ctx or DEFAULT_CONTEXT

@@ -8,10 +8,11 @@ The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; where lla
 (ggml/src/gguf.cpp) is stricter than that page, this one is as strict.
 """
 
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TypeAlias
@@ -19,7 +20,7 @@ from typing import TypeAlias
 from lookonce.errors import ModelFileError
 from lookonce.gguf_cursor import Cursor, open_file
 
-__all__ = ["ArrayInfo", "GgufFile", "TensorInfo", "Value", "read", "strings"]
+__all__ = ["ArrayInfo", "GgufFile", "TensorInfo", "Value", "plain_name", "read", "strings"]
 
 Scalar: TypeAlias = "bool | int | float | str"
 
@@ -105,7 +106,8 @@ Value: TypeAlias = "Scalar | tuple[Scalar, ...] | ArrayInfo"
 class GgufFile:
     """The checked header of a GGUF file, or of all the parts of a split one.
 
-    `size_bytes` covers all parts; `types` holds each key's type as GGUF names it (`u32`, `str`, `[i32]`).
+    `size_bytes` covers all parts; `types` holds each key's type as GGUF names it (`u32`, `str`, `[i32]`). `statuses`
+    are the parts' as they were opened, by which a later change is known (see `fingerprint`).
     """
 
     path: Path
@@ -116,6 +118,7 @@ class GgufFile:
     types: Mapping[str, str]
     alignment: int
     parts: tuple[Path, ...]
+    statuses: tuple[os.stat_result, ...] = field(repr=False, compare=False)
 
     @property
     def architecture(self) -> str:
@@ -128,6 +131,11 @@ class GgufFile:
         """`general.name`, or the file's stem."""
         value = self.metadata.get("general.name")
         return value if isinstance(value, str) and value else self.path.stem
+
+
+def plain_name(name: str) -> str:
+    """A model's name as its makers agree on it: `Qwen3-VL 2B Instruct` and `qwen3vl-2b-instruct` are one."""
+    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def read(path: str | Path) -> GgufFile:
@@ -157,6 +165,7 @@ def strings(gguf: GgufFile, key: str) -> Iterator[bytes]:
 
 def _read_part(path: Path) -> GgufFile:
     with open_file(path) as file:
+        status = os.fstat(file.fileno())
         cursor = Cursor(file, path)
         version = _read_version(cursor)
         n_tensors = cursor.count(_MAX_TENSORS, "the number of tensors")
@@ -178,6 +187,7 @@ def _read_part(path: Path) -> GgufFile:
             types=MappingProxyType(types),
             alignment=alignment,
             parts=(path,),
+            statuses=(status,),
         )
 
 
@@ -341,6 +351,7 @@ def _join(first: GgufFile) -> GgufFile:
         raise ModelFileError(f"{first.path} is part {number + 1} of {count}: give the first, {paths[0].name}")
     tensors = dict(first.tensors)
     size = first.size_bytes
+    statuses = first.statuses
     for index, path in enumerate(paths[1:], start=1):
         part = _read_part(path)
         if part.metadata.get("split.no") != index or part.types["split.no"] != "u16":
@@ -349,9 +360,11 @@ def _join(first: GgufFile) -> GgufFile:
             raise ModelFileError(f"{path} has the tensor {min(twice)} twice: download all parts again")
         tensors |= {name: replace(info, part=index) for name, info in part.tensors.items()}
         size += part.size_bytes
+        statuses += part.statuses
     if len(tensors) != total:
         raise ModelFileError(
             f"{first.path} and its other parts have {len(tensors)} tensors where {total} are due: "
             "download all parts again"
         )
-    return replace(first, size_bytes=size, tensors=MappingProxyType(tensors), parts=tuple(paths))
+    united = MappingProxyType(tensors)
+    return replace(first, size_bytes=size, tensors=united, parts=tuple(paths), statuses=statuses)

@@ -23,7 +23,7 @@ from lookonce.cards import ModelCard
 from lookonce.embedding import FORMAT_VERSION, ImageEmbedding, RowSegment, to_stored_type
 from lookonce.errors import InputError, MismatchError, ModelFileError, NativeError, PictureError, SavedLookError
 from lookonce.fingerprint import Fingerprint
-from lookonce.gguf_file import GgufFile
+from lookonce.gguf_file import GgufFile, plain_name
 from lookonce.images import Picture, PictureSource, PixelRule
 from lookonce.native.library import Device, versions
 from lookonce.native.text import TextModel
@@ -180,7 +180,12 @@ class Looker:
     def _rule(self, projector: Projector, options: LookOptions) -> PixelRule | None:
         rule = projector.rule
         if rule is not None:
-            return rule.limited(options.min_pixels, options.max_pixels)
+            least, most = options.min_pixels, options.max_pixels
+            if least is None and most is not None and most < rule.min_pixels:
+                least = most  # a limit that the caller did not give makes room for one given
+            elif most is None and least is not None and least > rule.max_pixels:
+                most = least
+            return rule.limited(least, most)
         if (options.min_pixels, options.max_pixels) != (None, None):
             raise InputError(
                 f"{projector.path.name} sizes pictures itself: min_pixels and max_pixels are for the Qwen-VL families"
@@ -231,7 +236,7 @@ class Looker:
                 f"the look was made for {look.model_name!r} with rows of {look.width}, but {self._model_name!r} takes "
                 f"{self._text.input_width}: look at the picture with this model"
             )
-        if _plain(look.model_name) != _plain(self._model_name) or look.mrope != self._text.mrope:
+        if plain_name(look.model_name) != plain_name(self._model_name) or look.mrope != self._text.mrope:
             raise MismatchError(
                 f"the look was made for the text model {look.model_name!r}, but this is {self._model_name!r}: "
                 "look at the picture with this model"
@@ -327,11 +332,6 @@ def _grid(positions: NDArray[np.int32], segments: tuple[object, ...], *, mrope: 
 
 def _digest(*parts: str) -> str:
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-
-
-def _plain(name: str) -> str:
-    """A model's name as its makers agree on it: `Qwen3-VL 2B Instruct` and `qwen3vl-2b-instruct` are one."""
-    return "".join(character for character in name.lower() if character.isalnum())
 
 
 def _libraries() -> dict[str, str]:

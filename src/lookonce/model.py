@@ -20,6 +20,7 @@ from lookonce.model_files import ModelFiles, find_files
 from lookonce.native.text import KvType
 from lookonce.prefix_store import StateMode
 from lookonce.reply import Reply
+from lookonce.retype import checked_type
 from lookonce.sampling import Sampling, SamplingOptions
 from lookonce.store import Store
 from lookonce.trial import try_model
@@ -260,12 +261,15 @@ def load(
     device that the build lacks, InputError for another option.
     """
     options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention, state)
+    kind = mmproj_type or os.environ.get("LOOKONCE_MMPROJ_TYPE") or None
+    if kind is not None:
+        checked_type(kind, auto=True)
+    tried = _wants_trial(trial)
     own = None if isinstance(store, Store) else _open_store(store)
     used = store if isinstance(store, Store) else own
-    kind = mmproj_type or os.environ.get("LOOKONCE_MMPROJ_TYPE") or None
     try:
         files = find_files(model, mmproj, mmproj_type=kind, store=used, fetch=_fetch if download else None)
-        return _load(files, options, used, owns_store=own is not None, trial=_wants_trial(trial))
+        return _load(files, options, used, owns_store=own is not None, trial=tried)
     except BaseException:
         if own is not None:
             own.close()

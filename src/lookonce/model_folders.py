@@ -7,15 +7,27 @@ import glob
 import logging
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
 
 import platformdirs
 
 from lookonce.cards import DEFAULT_REVISION, CardFile, ModelCard
+from lookonce.errors import ModelFileError
 from lookonce.hub_cache import huggingface_folder, modelscope_cache
 
-__all__ = ["candidates", "find_named", "folders", "locate", "published_name", "user_folder"]
+__all__ = [
+    "candidates",
+    "exists",
+    "find_named",
+    "folders",
+    "locate",
+    "places",
+    "published_name",
+    "repository_folders",
+    "user_folder",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -24,8 +36,18 @@ _SHARED: Final = Path("/models")  # where containers mount them
 
 def folders() -> tuple[Path, ...]:
     """The folders of models, the first to be searched first: `LOOKONCE_MODELS_DIR`, /models, the user's own."""
-    named = os.environ.get("LOOKONCE_MODELS_DIR")
-    return (*([Path(named).expanduser()] if named else []), _SHARED, user_folder())
+    own = []
+    with suppress(RuntimeError):  # without a home folder there is none in it
+        own.append(user_folder())
+    return (*_named_folder(), _SHARED, *own)
+
+
+def _named_folder() -> Iterator[Path]:
+    if named := os.environ.get("LOOKONCE_MODELS_DIR"):
+        try:
+            yield Path(named).expanduser()
+        except RuntimeError as error:  # a home folder that nobody has
+            raise ModelFileError(f"LOOKONCE_MODELS_DIR is {named!r} ({error}): set it to a folder of models") from error
 
 
 def user_folder() -> Path:
@@ -35,10 +57,23 @@ def user_folder() -> Path:
 
 def find_named(name: str) -> Path | None:
     """A file or folder of that name in the folders of models."""
-    return next((path for folder in folders() if (path := folder / name).exists()), None)
+    return next((path for folder in folders() if exists(path := folder / name)), None)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is something; False where a folder on the way may not be entered."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 def locate(card: ModelCard, file: CardFile, *, any_size: bool = False) -> Path | None:
+    """The first of the places where a card's file lies."""
+    return next(places(card, file, any_size=any_size), None)
+
+
+def places(card: ModelCard, file: CardFile, *, any_size: bool = False) -> Iterator[Path]:
     """Where a card's file lies. One of another size than the card says is passed over with a warning."""
     for path in candidates(card, file):
         try:
@@ -48,11 +83,11 @@ def locate(card: ModelCard, file: CardFile, *, any_size: bool = False) -> Path |
         if size_bytes is None:
             continue
         if any_size or file.size_bytes in (None, size_bytes):
-            return path
+            yield path
+            continue
         logger.warning(
             "%s has %d bytes where the card %s says %d: it is not used", path, size_bytes, card.name, file.size_bytes
         )
-    return None
 
 
 def published_name(card: ModelCard, file: CardFile, name: str) -> bool:
@@ -71,11 +106,24 @@ def candidates(card: ModelCard, file: CardFile) -> Iterator[Path]:
         yield folder / name
         yield from (folder / flat for flat in _flat(card, file))
         pattern = glob.escape(name)
-        yield from (path for deep in ("*", "*/*") for path in sorted(folder.glob(f"{deep}/{pattern}")))
-    if card.huggingface:
-        yield from (folder / file.name for folder in _huggingface(card.huggingface, card.revision))
-    if card.modelscope:
-        yield from (folder / file.name for folder in _modelscope(card.modelscope))
+        yield from (path for deep in ("*", "*/*") for path in _matches(folder, f"{deep}/{pattern}"))
+    yield from (folder / file.name for folder in repository_folders(card))
+
+
+def repository_folders(card: ModelCard) -> Iterator[Path]:
+    """The folders in the hubs' caches in which a card's files could lie."""
+    with suppress(RuntimeError):  # there is no home folder, and so no cache in it
+        if card.huggingface:
+            yield from _huggingface(card.huggingface, card.revision)
+        if card.modelscope:
+            yield from _modelscope(card.modelscope)
+
+
+def _matches(folder: Path, pattern: str) -> list[Path]:
+    try:
+        return sorted(folder.glob(pattern))
+    except OSError:  # it may not be read
+        return []
 
 
 def _base(file: CardFile) -> str:
@@ -99,13 +147,13 @@ def _huggingface(repository: str, revision: str) -> Iterator[Path]:
         current = revision  # which may be a commit's own name
     yield folder / "snapshots" / current
     if revision == DEFAULT_REVISION:
-        yield from (one for one in sorted(folder.glob("snapshots/*")) if one.name != current)
+        yield from (one for one in _matches(folder, "snapshots/*") if one.name != current)
 
 
 def _modelscope(repository: str) -> Iterator[Path]:
     """The folders that the versions of modelscope have used for a repository (modelscope, hub/utils/utils.py)."""
     cache = modelscope_cache()
     owner, _, name = repository.partition("/")
-    yield from sorted((cache / "models" / f"{owner}--{name}").glob("snapshots/*"))
+    yield from _matches(cache / "models" / f"{owner}--{name}", "snapshots/*")
     for root in (cache / "models", cache / "hub" / "models", cache / "hub", cache):
         yield from (root / owner / one for one in dict.fromkeys((name.replace(".", "___"), name)))

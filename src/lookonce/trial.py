@@ -2,9 +2,9 @@
 
 What the header check cannot see, a vocabulary or a hyper-parameter that trips an assert deep in native code, ends the
 child with a signal and the caller with a ModelFileError. A model is tried once for each version of the native library,
-which the store remembers; without a store, in every process. Files whose content is the one that a hub publishes for
-the model's card are not tried. The child maps the text model, so its pages are
-those that the caller will use; it evaluates one token and one small picture, and lets go of everything.
+which the store remembers; what no store remembers is tried at every load. Files whose content is the one that a hub
+publishes for the model's card are not tried. The child maps the text model, so its pages are those that the caller will
+use; it evaluates one token and one small picture, and lets go of everything.
 
 The child is this module too: `run_child` is what it runs.
 """
@@ -26,7 +26,7 @@ import numpy as np
 from lookonce import gguf_check, published
 from lookonce.cards import ModelCard
 from lookonce.errors import LookonceError, ModelFileError, NativeError
-from lookonce.fingerprint import fingerprint_of, known_fingerprint, recall
+from lookonce.fingerprint import Fingerprint, recall
 from lookonce.gguf_file import GgufFile
 from lookonce.model_files import ModelFiles
 from lookonce.native.library import versions
@@ -40,11 +40,16 @@ logger = logging.getLogger(__name__)
 
 _KIND: Final = "trial"
 _SOUND: Final = "sound"
-# The caller's own search path, as `multiprocessing` hands it on: PYTHONPATH alone does not tell what was added since.
+# Run in Python's isolated mode, in which the present folder's modules are not imported, with the caller's own search
+# path, as `multiprocessing` hands it on: PYTHONPATH alone does not tell what was added since.
 _CHILD: Final = (
     "import json, sys; given = json.loads(sys.argv[1]); sys.path[:] = given['path']; "
     "from lookonce.trial import run_child; run_child(given)"
 )
+# Set in the child, which tries nothing itself, be it an application that takes the place of Python.
+_IN_TRIAL: Final = "LOOKONCE_IN_TRIAL"
+# What llama.cpp dies of; any other signal comes from outside.
+_DEATHS: Final = frozenset({"SIGABRT", "SIGBUS", "SIGFPE", "SIGSEGV", "SIGTRAP", "SIGSYS"})
 _LEAST_S: Final = 30.0
 _BYTES_A_SECOND: Final = 20e6  # of a slow network disk
 _SMALL_PICTURES: Final = ("qwen3vl", "qwen2.5vl", "qwen2vl")  # families that take them; others size them up themselves
@@ -56,18 +61,25 @@ _SOURCE_FOLDER: Final = re.compile(r"(?:/[^/\s:]+)+/(?=[^/\s:]+:\d+:)")  # of wh
 def try_model(files: ModelFiles, store: Store | None) -> None:
     """Load the files in a child process, unless they are known to load or are a card's own.
 
-    Raises ModelFileError where the child dies of a signal, does not end, or refuses the files. Where no child can be
-    started the trial is left out, with a line in the log.
+    Raises ModelFileError where the child dies of a signal, does not end, or refuses the files, and where they change
+    meanwhile. Where no child can be started the trial is left out, with a line in the log.
     """
+    if os.environ.get(_IN_TRIAL):
+        return
     parts = [files.text, *([files.projector] if files.projector else [])]
     # To read a file through costs more than the trial that it may spare, where nothing can be remembered.
-    prints = [known_fingerprint(gguf, None) if store is None else fingerprint_of(gguf, store) for gguf in parts]
-    if set(prints) <= _published_hashes(files.card):
+    contents = [Fingerprint(gguf, store) for gguf in parts]
+    prints = [content.known() if store is None else content.value() for content in contents]
+    told = _published_hashes(files.card)
+    if all(gguf.path in files.verified or content in told for gguf, content in zip(parts, prints, strict=True)):
         return
     digest = hashlib.sha256(json.dumps([*prints, versions()], sort_keys=True).encode()).hexdigest()
     if all(prints) and recall(_KIND, digest, store) == _SOUND:
         return
-    if _try_in_child(files, parts) and store is not None:
+    loaded = _try_in_child(files, parts)
+    for content in contents:
+        content.check_unchanged()
+    if loaded and store is not None:
         store.remember(_KIND, digest, _SOUND)
 
 
@@ -80,23 +92,28 @@ def _published_hashes(card: ModelCard | None) -> set[str | None]:
 
 def _try_in_child(files: ModelFiles, parts: list[GgufFile]) -> bool:
     """Whether the child loaded them; False where it could not even begin."""
+    if not sys.executable or getattr(sys, "frozen", False):  # an application that has Python in it
+        logger.info("no trial of %s: there is no Python interpreter to run it", files.text.path)
+        return False
     limit_s = _LEAST_S + sum(gguf.size_bytes for gguf in parts) / _BYTES_A_SECOND
-    given: dict[str, Any] = {"path": sys.path, "text": str(files.text.path), "projector": None}
+    # Not the present folder, which "" stands for; ours is there even if that is what it was found by.
+    path = [*filter(None, sys.path), str(Path(__file__).resolve().parent.parent)]
+    given: dict[str, Any] = {"path": path, "text": str(files.text.path), "projector": None}
     if files.projector is not None:
         given |= {"projector": str(files.projector.path), "family": gguf_check.family(files.projector)}
     try:
         ended = subprocess.run(  # noqa: S603  this interpreter, with our own code
-            [sys.executable, "-c", _CHILD, json.dumps(given)],
+            [sys.executable, "-I", "-c", _CHILD, json.dumps(given)],
             capture_output=True,
             check=False,
-            env={**os.environ, "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env={**os.environ, "GGML_NO_BACKTRACE": "1", "CUDA_VISIBLE_DEVICES": "", _IN_TRIAL: "1"},
             stdin=subprocess.DEVNULL,
             timeout=limit_s,
         )
     except subprocess.TimeoutExpired as error:
-        path = _stage(error.stdout, files.text.path)
+        late = _stage(error.stdout) or files.text.path
         raise ModelFileError(
-            f"{path} was not loaded within {limit_s:.0f} s in a trial: the file is damaged or this machine is busy; "
+            f"{late} was not loaded within {limit_s:.0f} s in a trial: the file is damaged or this machine is busy; "
             "load it with trial=False if you trust it"
         ) from error
     except (OSError, ValueError) as error:  # no interpreter of its own, as in an embedded one; no process to be had
@@ -109,16 +126,37 @@ def _judge(ended: "subprocess.CompletedProcess[bytes]", text: Path) -> bool:
     told = _told(ended.stdout)
     if ended.returncode == 0 and told[-1:] == [{"result": _SOUND}]:
         return True
-    path = _stage(ended.stdout, text)
-    if ended.returncode < 0:
-        raise ModelFileError(
-            f"{path} cannot be used, llama.cpp died of {_signal(-ended.returncode)} in a trial load "
-            f"({_last_words(ended.stderr)}): download it again, or convert it with the llama.cpp that is to read it"
-        )
     if told and "refused" in told[-1]:
         raise ModelFileError(str(told[-1]["refused"]))
-    logger.info("no trial of %s: the child ended with %d: %s", text, ended.returncode, _last_words(ended.stderr))
+    path, said = _stage(ended.stdout), _last_words(ended.stderr)
+    if ended.returncode < 0:
+        raise ModelFileError(_of_signal(path or str(text), _signal(-ended.returncode), said))
+    if path is not None:  # as on Windows, where a crash has a status like any other
+        raise ModelFileError(
+            f"{path} cannot be used, a trial load of it ended with status {ended.returncode} ({said}): download it "
+            "again, convert it with the llama.cpp that is to read it, or load it with trial=False if you trust it"
+        )
+    logger.warning("no trial of %s: the child ended with %d: %s", text, ended.returncode, said)
     return False
+
+
+def _of_signal(path: str, name: str, said: str) -> str:
+    if name in _DEATHS:
+        return (
+            f"{path} cannot be used, llama.cpp died of {name} in a trial load ({said}): download it again, or convert "
+            "it with the llama.cpp that is to read it"
+        )
+    if name == "SIGILL":
+        return (
+            f"{path} cannot be loaded, llama.cpp died of SIGILL in a trial load ({said}): it was built for another "
+            "CPU, so install llama-cpp-python anew, built for this one"
+        )
+    if name == "SIGKILL":
+        return (
+            f"{path} was not loaded, its trial load was ended by SIGKILL, as the system does where memory runs out: "
+            "free some, or take a smaller model"
+        )
+    return f"{path} was not loaded, its trial load was ended by {name} from outside: load it again"
 
 
 def _signal(number: int) -> str:
@@ -132,13 +170,14 @@ def _told(output: bytes | None) -> list[dict[str, Any]]:
     lines = []
     for line in (output or b"").splitlines():
         with suppress(ValueError):
-            lines.append(json.loads(line))
+            if isinstance(said := json.loads(line), dict):
+                lines.append(said)
     return lines
 
 
-def _stage(output: bytes | None, text: Path) -> str:
-    """The file that the child was busy with."""
-    return next((str(line["file"]) for line in reversed(_told(output)) if "file" in line), str(text))
+def _stage(output: bytes | None) -> str | None:
+    """The file that the child was busy with; None where it had not begun."""
+    return next((str(line["file"]) for line in reversed(_told(output)) if "file" in line), None)
 
 
 def _last_words(errors: bytes) -> str:
