@@ -15,6 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Final, Literal
 
 import numpy as np
+from blake3 import blake3
 
 from lookonce.embedding import ImageEmbedding
 from lookonce.errors import LookonceError, SavedLookError
@@ -129,10 +130,10 @@ def _text(value: object) -> bytes:
 
 
 def _content(look: ImageEmbedding) -> str:
-    digest = hashlib.sha256(_text([str(look.rows.dtype), look.rows.shape]))
+    digest = blake3(_text([str(look.rows.dtype), look.rows.shape]))
     digest.update(array_bytes(look.rows))
     digest.update(array_bytes(look.positions))
-    return digest.hexdigest()
+    return str(digest.hexdigest())
 
 
 def _runs(held: Held) -> Iterator[Run]:
