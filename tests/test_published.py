@@ -38,7 +38,7 @@ def test_names_that_differ_in_their_slashes_alone_have_records_of_their_own() ->
 def test_the_two_hubs_have_records_of_their_own() -> None:
     theirs = CardFile("tiny.gguf", 5, "cd" * 32)
     remember("me/Tiny", theirs, revision="master", source="modelscope")
-    assert complete(replace(CARD, modelscope=None), FILE) == FILE
+    assert recall("me/Tiny", FILE, revision="master") == FILE
     assert complete(CARD, FILE) == theirs
     remember("me/Tiny", KNOWN)
     assert complete(CARD, FILE) == KNOWN
