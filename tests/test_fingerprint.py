@@ -174,11 +174,11 @@ def test_an_old_time_that_was_given_to_a_new_content_does_not_hide_its_age(
 def test_a_change_behind_the_reading_is_not_noted(file: Path, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     def hash_and_wait(paths: tuple[Path, ...]) -> str:
         found = hash_files(paths)
-        time.sleep(0.2)  # as a large file takes
+        time.sleep(0.4)  # as a large file takes
         return found
 
     monkeypatch.setattr(fingerprint, "hash_files", hash_and_wait)
     now = time.time() + 0.15  # of the moment still when the reading begins
     os.utime(file, (now, now))
-    Fingerprint(file, store).read()
+    fingerprint_of(file, store)
     assert known_fingerprint(file, store) is None
