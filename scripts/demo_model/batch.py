@@ -1,0 +1,172 @@
+"""What one step of training, or one round of scoring, is made of: scenes, their pictures and their sequences.
+
+A batch is a pure function of its generator, so that a resumed run goes on as if it had never stopped.
+"""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from numpy.typing import NDArray
+
+from lookonce.images import smart_size
+
+from .prompt import PromptMaker, TokenSequence
+from .scene import (
+    COLOURS,
+    PIXEL_RULE,
+    PLACES,
+    SHAPES,
+    SIZES,
+    WORDS,
+    Scene,
+    fitted,
+    grid_of,
+    make_scene,
+    make_twin,
+    random_grid,
+)
+from .task import ask, ask_blind, ask_pair, caption
+
+__all__ = ["N_KINDS", "Step", "TowerBatch", "make_step", "make_tower_batch", "row_labels"]
+
+# What the throw-away heads tell of each row: which shape or word, which colour, which size; 0 is none.
+N_KINDS = (1 + len(SHAPES) + len(WORDS), 1 + len(COLOURS), 1 + len(SIZES))
+
+# How often each task is asked; what is harder comes more often.
+_TASK_WEIGHTS = {
+    **{"describe": 1.2, "colour": 1.2, "shape": 1.2, "place": 1.0, "size": 1.0, "count": 1.4, "yes/no": 1.4},
+    **{"word": 1.0, "follow-up": 1.6},
+}
+
+
+@dataclass(slots=True)
+class Step:
+    """One step: pictures by number, sequences of questions, and pairs of sequences to be matched."""
+
+    pictures: list[NDArray[np.uint8]] = field(default_factory=list)
+    questions: list[TokenSequence] = field(default_factory=list)
+    captions: list[TokenSequence] = field(default_factory=list)
+    seen: list[TokenSequence] = field(default_factory=list)
+    labels: list[NDArray[np.int64]] = field(default_factory=list)
+
+    @property
+    def counts(self) -> list[int]:
+        """Rows of each picture."""
+        return [int(np.prod(grid_of(picture))) for picture in self.pictures]
+
+
+@dataclass(frozen=True, slots=True)
+class TowerBatch:
+    """Pictures of one size (n, height, width, 3), and what the heads are to tell of each row (n x rows, 3)."""
+
+    pixels: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+
+
+def row_labels(scene: Scene, grid: tuple[int, int]) -> NDArray[np.int64]:
+    """Say of each row whose middle lies in it: (rows, kinds); two things in one row leave the later one."""
+    rows, columns = grid
+    labels = np.zeros((rows * columns, len(N_KINDS)), np.int64)
+
+    def number(place: str, offset: tuple[float, float] = (0.0, 0.0)) -> int:
+        row, column = divmod(PLACES.index(place), 3)
+        x = (column + 0.5 + offset[0]) / 3 * columns
+        y = (row + 0.5 + offset[1]) / 3 * rows
+        return int(y) * columns + int(x)
+
+    room = min(scene.width, scene.height)
+    for thing in scene.things:
+        radius = room / 6 * {"small": 0.5, "large": 0.86}[thing.size] * thing.scale
+        offset = (
+            thing.offset[0] * 0.7 * (0.5 - radius * 3 / scene.width),
+            thing.offset[1] * 0.7 * (0.5 - radius * 3 / scene.height),
+        )
+        labels[number(thing.place, offset)] = (
+            1 + SHAPES.index(thing.shape),
+            1 + list(COLOURS).index(thing.colour),
+            1 + SIZES.index(thing.size),
+        )
+    if scene.word is not None and scene.word_place is not None:
+        labels[number(scene.word_place)] = (1 + len(SHAPES) + WORDS.index(scene.word), 0, 0)
+    return labels
+
+
+def make_tower_batch(rng: random.Random, size: int, *, aligned: bool) -> TowerBatch:
+    """Make pictures for the tower alone; aligned ones have each thing within one row."""
+    grid = (3, 3) if aligned else random_grid(rng)
+    scenes = [make_scene(rng, grid=grid, counts=(1, 1, 2, 3), word_share=0.7) for _ in range(size)]
+    labels = [row_labels(scene, grid) for scene in scenes]
+    return TowerBatch(np.stack([fitted(scene) for scene in scenes]), np.concatenate(labels))
+
+
+def make_step(rng: random.Random, maker: PromptMaker, *, scenes: int, twins: int, pairs: int, budget: int) -> Step:
+    """Make a step: every scene is asked about until its sequence has `budget` tokens, `twins` of them have a twin.
+
+    Scenes and twins are matched with their captions; `pairs` of pictures are compared.
+    """
+    made = Step()
+    grids = [random_grid(rng) for _ in range(3)]
+    all_scenes = [make_scene(rng, grid=rng.choice(grids)) for _ in range(scenes)]
+    made.questions = [_questions(rng, maker, scene, number, budget) for number, scene in enumerate(all_scenes)]
+    all_scenes += [make_twin(rng, scene) for scene in all_scenes[:twins]]
+    made.pictures = [fitted(scene) for scene in all_scenes]
+    made.labels = [row_labels(scene, grid_of(picture)) for scene, picture in zip(all_scenes, made.pictures, strict=True)]
+    for pair in range(pairs):
+        made.questions.append(_pair(rng, maker, all_scenes, made.pictures, inline=pair % 2 == 0, budget=budget))
+    made.questions.append(maker.ask([ask_blind(rng) for _ in range(4)], []))
+    told: set[str] = set()
+    for number, (scene, picture) in enumerate(zip(all_scenes, made.pictures, strict=True)):
+        text = caption(scene)
+        if text not in told:  # an equal caption would be a right answer counted as wrong
+            told.add(text)
+            made.captions.append(maker.embed(text))
+            made.seen.append(maker.embed((number, grid_of(picture))))
+    return made
+
+
+def _questions(rng: random.Random, maker: PromptMaker, scene: Scene, number: int, budget: int) -> TokenSequence:
+    made = maker.ask([], [(number, _grid(scene))])
+    branch = 0
+    while len(made) < budget:
+        task = rng.choices(list(_TASK_WEIGHTS), weights=list(_TASK_WEIGHTS.values()))[0]
+        if (question := ask(rng, scene, task)) is not None:
+            branch += 1
+            maker.branch(made, question, branch)
+    return made
+
+
+def _grid(scene: Scene) -> tuple[int, int]:
+    height, width = smart_size(scene.height, scene.width, PIXEL_RULE)
+    return height // PIXEL_RULE.factor, width // PIXEL_RULE.factor
+
+
+def _pair(
+    rng: random.Random,
+    maker: PromptMaker,
+    scenes: Sequence[Scene],
+    pictures: Sequence[NDArray[np.uint8]],
+    *,
+    inline: bool,
+    budget: int,
+) -> TokenSequence:
+    while True:
+        chosen = rng.sample(range(len(scenes)), 2)
+        first, second = (scenes[number] for number in chosen)
+        given = [(number, grid_of(pictures[number])) for number in chosen]
+        if inline:
+            question = ask_pair(rng, first, second, inline=True)
+            if question is not None:
+                return maker.ask_inline(question, given)
+            continue
+        made, branch = maker.ask([], given), 0
+        for _ in range(20):
+            if len(made) >= budget:
+                break
+            if (question := ask_pair(rng, first, second, inline=False)) is not None:
+                branch += 1
+                maker.branch(made, question, branch)
+        if branch:
+            return made
+

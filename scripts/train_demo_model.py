@@ -1,0 +1,275 @@
+"""Train the demo model: a small Qwen3-VL that answers questions about drawn scenes and finds them by caption.
+
+Two stages: the vision tower alone, with throw-away heads that tell what lies in each row; then everything, on answers
+and on matching captions with pictures. The same seed and steps give the same weights on the same machine. A run that
+was stopped goes on from its last checkpoint with `--resume`.
+
+    python scripts/train_demo_model.py --outdir train --steps 3000 --decay 800
+"""
+
+import argparse
+import random
+import signal
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from demo_model.batch import N_KINDS, Step, make_step, make_tower_batch
+from demo_model.network import collate, look, read, tower_rows
+from demo_model.prompt import PromptMaker
+from demo_model.vocabulary import train_vocabulary
+from model_maker.shape import find_shape
+from model_maker.vocabulary import Vocabulary
+from parity_reference import make_fresh_network, make_tokenizer
+
+_SCALE = 20.0
+_CHECKPOINT = "checkpoint.pt"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How long and how hard to train. Stage 2 keeps its peak rate until the last `decay` steps."""
+
+    seed: int = 0
+    tower_steps: int = 1400
+    tower_batch: int = 48
+    steps: int = 3000
+    decay: int = 800
+    warm_up: int = 100
+    rate: float = 1e-3
+    scenes: int = 20
+    twins: int = 12
+    pairs: int = 8
+    budget: int = 110
+    score_every: int = 100
+    save_every: int = 100
+
+
+class Trainee:
+    """The network, its throw-away heads, its prompts, and the optimiser of the stage that it is in."""
+
+    def __init__(self, seed: int, device: str) -> None:
+        torch.manual_seed(seed)
+        self.shape = find_shape("qwen3vl", "demo")
+        self.vocabulary: Vocabulary = train_vocabulary(self.shape.text.vocab_size)
+        self.network: Any = make_fresh_network(self.shape, self.vocabulary).to(device).train()
+        width = self.shape.text.hidden_size
+        self.heads = nn.ModuleList([nn.Linear(width, n) for n in N_KINDS]).to(device)
+        tokenizer = make_tokenizer("qwen3vl", self.vocabulary)
+        known: dict[str, list[int]] = {}
+
+        def encode(text: str) -> list[int]:
+            if text not in known:
+                known[text] = tokenizer(text, add_special_tokens=False)["input_ids"]
+            return known[text]
+
+        self.maker = PromptMaker(encode, self.vocabulary.id_of("<|image_pad|>"))
+        self.device = device
+        self.optimizer: Any = None
+        self.stage, self.step = 1, 0
+
+    def start_stage(self, stage: int) -> None:
+        """Begin a stage with a fresh optimiser."""
+        self.stage, self.step = stage, 0
+        self._make_optimizer()
+
+    def _make_optimizer(self) -> None:
+        visual = self.network.model.visual
+        learned = [*(visual if self.stage == 1 else self.network).parameters(), *self.heads.parameters()]
+        self.optimizer = torch.optim.AdamW(learned, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+
+    def save(self, path: Path) -> None:
+        """Write a checkpoint, whole or not at all."""
+        partial = path.with_suffix(".part")
+        state = {
+            "stage": self.stage,
+            "step": self.step,
+            "network": self.network.state_dict(),
+            "heads": self.heads.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+        }
+        torch.save(state, partial)
+        partial.replace(path)
+
+    def load(self, path: Path) -> None:
+        """Go on where a checkpoint was written."""
+        state = torch.load(path, map_location=self.device, weights_only=True)
+        self.stage, self.step = state["stage"], state["step"]
+        self.network.load_state_dict(state["network"])
+        self.heads.load_state_dict(state["heads"])
+        self._make_optimizer()
+        self.optimizer.load_state_dict(state["optimizer"])
+
+    def learn(self, loss: Tensor, rate: float) -> None:
+        """Make one step of the optimiser."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_([one for group in self.optimizer.param_groups for one in group["params"]], 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+def tower_loss(trainee: Trainee, rows: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
+    """Give the heads' loss over rows, and the share of rows with something in them that each head tells rightly."""
+    losses, shares = [], []
+    for index, head in enumerate(trainee.heads):
+        logits = head(rows)
+        losses.append(functional.cross_entropy(logits, labels[:, index]))
+        filled = labels[:, index] > 0
+        shares.append((logits.argmax(-1) == labels[:, index])[filled].float().mean().item())
+    return torch.stack(losses).sum(), shares
+
+
+def train_tower(trainee: Trainee, plan: Plan, after_step: Callable[[str], None]) -> None:
+    """Stage 1."""
+    aligned = plan.tower_steps // 4
+    while trainee.step < plan.tower_steps:
+        batch = make_tower_batch(
+            random.Random(f"{plan.seed} tower {trainee.step}"), plan.tower_batch, aligned=trainee.step < aligned
+        )
+        rows, _ = look(trainee.network.model.visual, batch.pixels)
+        loss, shares = tower_loss(trainee, rows, torch.from_numpy(batch.labels).to(trainee.device))
+        left = 1 - trainee.step / plan.tower_steps
+        trainee.learn(loss, plan.rate * min(1.0, (trainee.step + 1) / 50, 4 * left + 0.02))
+        trainee.step += 1
+        told = " ".join(f"{name} {share:.3f}" for name, share in zip(("kind", "colour", "size"), shares, strict=True))
+        after_step(f"loss {loss.item():.4f} {told}")
+
+
+def step_loss(trainee: Trainee, step: Step) -> tuple[Tensor, dict[str, float]]:
+    """Give the whole loss of a step of stage 2, and its parts."""
+    rows, stacked = tower_rows(trainee.network.model.visual, step.pictures)
+    labels = torch.cat([torch.from_numpy(one) for one in step.labels]).to(trainee.device)
+    seeing, _ = tower_loss(trainee, rows, labels)
+    language, image_token = trainee.network.model.language_model, trainee.maker.image_token
+    batch = collate(step.questions, step.counts, image_token)
+    hidden = read(language, batch, rows, stacked)
+    logits = trainee.network.lm_head(hidden[batch.target_places.to(trainee.device)])
+    each = functional.cross_entropy(logits, batch.targets.to(trainee.device), reduction="none")
+    weights = batch.target_weights.to(trainee.device)
+    answering = (each * weights).sum() / weights.sum()
+    pictures, captions = vectors(trainee, step, rows, stacked)
+    similar = _SCALE * pictures @ captions.T
+    pairs = torch.arange(len(similar), device=trainee.device)
+    matching = (functional.cross_entropy(similar, pairs) + functional.cross_entropy(similar.T, pairs)) / 2
+    parts = {"answers": answering.item(), "matching": matching.item(), "seeing": seeing.item()}
+    return answering + 0.25 * matching + 0.2 * seeing, parts
+
+
+def vectors(trainee: Trainee, step: Step, rows: Tensor, stacked: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Give the vectors of a step's pictures and captions, each (n, width) of length one."""
+    language, image_token = trainee.network.model.language_model, trainee.maker.image_token
+    seen = collate(step.seen, step.counts, image_token)
+    told = collate(step.captions, [], image_token)
+    pictures = read(language, seen, rows, stacked)[seen.lasts.to(trainee.device)]
+    captions = read(language, told, None, [])[told.lasts.to(trainee.device)]
+    return functional.normalize(pictures, dim=-1), functional.normalize(captions, dim=-1)
+
+
+def train_all(trainee: Trainee, plan: Plan, after_step: Callable[[str], None]) -> None:
+    """Stage 2."""
+    while trainee.step < plan.steps:
+        step = make_step(
+            random.Random(f"{plan.seed} all {trainee.step}"),
+            trainee.maker,
+            scenes=plan.scenes,
+            twins=plan.twins,
+            pairs=plan.pairs,
+            budget=plan.budget,
+        )
+        loss, parts = step_loss(trainee, step)
+        left = (plan.steps - trainee.step) / plan.decay
+        trainee.learn(loss, plan.rate * min(1.0, (trainee.step + 1) / plan.warm_up, left))
+        trainee.step += 1
+        after_step(" ".join(f"{name} {value:.4f}" for name, value in parts.items()))
+
+
+@torch.no_grad()
+def held_out(trainee: Trainee, *, seed: str = "held out", rounds: int = 4) -> str:
+    """Score scenes that training never sees: exact answers by task, recall@1 with hard negatives."""
+    trainee.network.eval()
+    right: dict[str, list[bool]] = defaultdict(list)
+    found: list[bool] = []
+    for number in range(rounds):
+        step = make_step(random.Random(f"{seed} {number}"), trainee.maker, scenes=32, twins=32, pairs=16, budget=160)
+        rows, stacked = tower_rows(trainee.network.model.visual, step.pictures)
+        batch = collate(step.questions, step.counts, trainee.maker.image_token)
+        hidden = read(trainee.network.model.language_model, batch, rows, stacked)
+        # The whole answer is right where each of its tokens is the likeliest after those before it.
+        told = trainee.network.lm_head(hidden).argmax(-1).reshape(batch.tokens.shape).cpu()
+        for index, sequence in enumerate(step.questions):
+            for task, start, stop in sequence.questions:
+                right[task].append(bool((told[index, start - 1 : stop - 1] == batch.tokens[index, start:stop]).all()))
+        pictures, captions = vectors(trainee, step, rows, stacked)
+        similar = (pictures @ captions.T).cpu()
+        pairs = torch.arange(len(similar))
+        found += [*(similar.argmax(0) == pairs).tolist(), *(similar.argmax(1) == pairs).tolist()]
+    trainee.network.train()
+    everything = [one for task in right.values() for one in task]
+    shares = " ".join(f"{task} {sum(one) / len(one):.3f}" for task, one in right.items())
+    return f"right {sum(everything) / len(everything):.3f} recall {sum(found) / len(found):.3f} | {shares}"
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser.add_argument("--outdir", type=Path, required=True, help="folder for checkpoints and the two files")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tower-steps", type=int, default=Plan.tower_steps, help="steps of stage 1")
+    parser.add_argument("--steps", type=int, default=Plan.steps, help="steps of stage 2")
+    parser.add_argument("--decay", type=int, default=Plan.decay, help="last steps, in which the rate falls to zero")
+    parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str]) -> int:
+    """Run the command line."""
+    options = _parse(arguments)
+    plan = Plan(seed=options.seed, tower_steps=options.tower_steps, steps=options.steps, decay=options.decay)
+    options.outdir.mkdir(parents=True, exist_ok=True)
+    checkpoint = options.outdir / _CHECKPOINT
+    trainee = Trainee(plan.seed, "cuda" if torch.cuda.is_available() else "cpu")
+    trainee.start_stage(1)
+    if options.resume and checkpoint.exists():
+        trainee.load(checkpoint)
+    stopped = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopped
+        stopped = True
+
+    signal.signal(signal.SIGTERM, stop)
+    torch.set_num_threads(1)
+    started = time.monotonic()
+
+    def after_step(told: str) -> None:
+        if trainee.step % 20 == 0:
+            print(f"{time.monotonic() - started:7.0f} s  stage {trainee.stage} step {trainee.step}  {told}", flush=True)
+        if trainee.stage == 2 and trainee.step % plan.score_every == 0:
+            print(f"{time.monotonic() - started:7.0f} s  held out: {held_out(trainee)}", flush=True)
+        if stopped or trainee.step % plan.save_every == 0:
+            trainee.save(checkpoint)
+        if stopped:
+            print(f"stopped after step {trainee.step} of stage {trainee.stage}", flush=True)
+            sys.exit(0)
+
+    if trainee.stage == 1:
+        train_tower(trainee, plan, after_step)
+        trainee.save(options.outdir / "tower.pt")
+        trainee.start_stage(2)
+    train_all(trainee, plan, after_step)
+    trainee.save(checkpoint)
+    print(f"{time.monotonic() - started:7.0f} s  at the end: {held_out(trainee, rounds=16)}", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
