@@ -15,9 +15,9 @@ from pathlib import Path
 from model_maker.gguf_pair import FILE_TYPES, write_projector, write_text
 from model_maker.shape import FAMILIES, Shape, find_shape, shape_names
 from model_maker.vocabulary import Vocabulary, build_vocabulary
-from model_maker.weight import Weights
+from model_maker.weight import NamedWeights, Weights
 
-__all__ = ["TEXT_TYPES", "make_pair", "make_weights"]
+__all__ = ["TEXT_TYPES", "make_pair", "make_weights", "write_pair"]
 
 TEXT_TYPES = (*FILE_TYPES, "Q4_K_M")
 
@@ -54,15 +54,30 @@ def make_pair(
     name = f"{FAMILIES[family]} {shape} seed {seed}"
     stem = f"{FAMILIES[family].replace('3-VL', '3VL')}-{shape}-seed{seed}"
     text, projector = folder / f"{stem}-{type}.gguf", folder / f"mmproj-{stem}-{mmproj_type}.gguf"
+    write_pair(text, projector, sizes, weights, vocabulary, type=type, mmproj_type=mmproj_type, name=name)
+    return text, projector
+
+
+def write_pair(
+    text: Path,
+    projector: Path,
+    sizes: Shape,
+    weights: NamedWeights,
+    vocabulary: Vocabulary,
+    *,
+    type: str,
+    mmproj_type: str,
+    name: str,
+) -> None:
+    """Write both files of a model, each whole or not at all."""
     write_projector(projector, sizes, weights, type=mmproj_type, name=name)
     if type == "Q4_K_M":
         _write_quantized(text, sizes, weights, vocabulary, name)
     else:
         write_text(text, sizes, weights, vocabulary, type=type, name=name)
-    return text, projector
 
 
-def _write_quantized(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabulary, name: str) -> None:
+def _write_quantized(path: Path, shape: Shape, weights: NamedWeights, vocabulary: Vocabulary, name: str) -> None:
     """Write a Q4_K_M file through libllama's own quantizer."""
     # Above 4b an F16 file on the way would be larger than most disks have to spare.
     before = "Q8_0" if shape.text.hidden_size > 2560 else "F16"

@@ -9,7 +9,6 @@ was stopped goes on from its last checkpoint with `--resume`.
 
 import argparse
 import random
-import signal
 import sys
 import time
 from collections import defaultdict
@@ -19,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from demo_model.batch import N_KINDS, Step, make_step, make_tower_batch
 from demo_model.network import collate, look, read, tower_rows
 from demo_model.prompt import PromptMaker
+from demo_model.reference import save_checkpoint
 from demo_model.vocabulary import train_vocabulary
 from model_maker.shape import find_shape
 from model_maker.vocabulary import Vocabulary
@@ -39,18 +39,19 @@ class Plan:
     """How long and how hard to train. Stage 2 keeps its peak rate until the last `decay` steps."""
 
     seed: int = 0
-    tower_steps: int = 1400
+    tower_steps: int = 2000
+    aligned_steps: int = 300
     tower_batch: int = 48
     steps: int = 3000
     decay: int = 800
     warm_up: int = 100
     rate: float = 1e-3
-    scenes: int = 20
-    twins: int = 12
-    pairs: int = 8
+    scenes: int = 16
+    twins: int = 10
+    pairs: int = 6
     budget: int = 110
-    score_every: int = 100
-    save_every: int = 100
+    score_every: int = 200
+    save_every: int = 50
 
 
 class Trainee:
@@ -109,13 +110,33 @@ class Trainee:
         self.optimizer.load_state_dict(state["optimizer"])
 
     def learn(self, loss: Tensor, rate: float) -> None:
-        """Make one step of the optimiser."""
+        """Make one step of the optimiser, on the mean of all workers' gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_([one for group in self.optimizer.param_groups for one in group["params"]], 1.0)
+        learned = [one for group in self.optimizer.param_groups for one in group["params"] if one.grad is not None]
+        if distributed.is_initialized():
+            _average([one.grad for one in learned])
+        nn.utils.clip_grad_norm_(learned, 1.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+
+
+def _average(gradients: list[Tensor]) -> None:
+    flat = torch.cat([one.reshape(-1) for one in gradients])
+    distributed.all_reduce(flat)
+    flat /= distributed.get_world_size()
+    for one, mean in zip(gradients, flat.split([one.numel() for one in gradients]), strict=True):
+        one.copy_(mean.view_as(one))
+
+
+def _rank() -> int:
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def _name(plan: Plan, stage: str, step: int) -> str:
+    """Name the generator of one step; every worker has scenes of its own."""
+    return f"{plan.seed} {stage} {step}" + (f" {_rank()}" if _rank() else "")
 
 
 def tower_loss(trainee: Trainee, rows: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
@@ -131,10 +152,9 @@ def tower_loss(trainee: Trainee, rows: Tensor, labels: Tensor) -> tuple[Tensor, 
 
 def train_tower(trainee: Trainee, plan: Plan, after_step: Callable[[str], None]) -> None:
     """Stage 1."""
-    aligned = plan.tower_steps // 4
     while trainee.step < plan.tower_steps:
         batch = make_tower_batch(
-            random.Random(f"{plan.seed} tower {trainee.step}"), plan.tower_batch, aligned=trainee.step < aligned
+            random.Random(_name(plan, "tower", trainee.step)), plan.tower_batch, aligned=trainee.step < plan.aligned_steps
         )
         rows, _ = look(trainee.network.model.visual, batch.pixels)
         loss, shares = tower_loss(trainee, rows, torch.from_numpy(batch.labels).to(trainee.device))
@@ -179,7 +199,7 @@ def train_all(trainee: Trainee, plan: Plan, after_step: Callable[[str], None]) -
     """Stage 2."""
     while trainee.step < plan.steps:
         step = make_step(
-            random.Random(f"{plan.seed} all {trainee.step}"),
+            random.Random(_name(plan, "all", trainee.step)),
             trainee.maker,
             scenes=plan.scenes,
             twins=plan.twins,
@@ -226,6 +246,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tower-steps", type=int, default=Plan.tower_steps, help="steps of stage 1")
     parser.add_argument("--steps", type=int, default=Plan.steps, help="steps of stage 2")
     parser.add_argument("--decay", type=int, default=Plan.decay, help="last steps, in which the rate falls to zero")
+    parser.add_argument("--workers", type=int, default=2, help="processes of one thread, each with scenes of its own")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     return parser.parse_args(arguments)
 
@@ -233,41 +254,48 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
 def main(arguments: list[str]) -> int:
     """Run the command line."""
     options = _parse(arguments)
-    plan = Plan(seed=options.seed, tower_steps=options.tower_steps, steps=options.steps, decay=options.decay)
     options.outdir.mkdir(parents=True, exist_ok=True)
+    if options.workers == 1:
+        return _train(options)
+    meeting = options.outdir / "meeting"
+    meeting.unlink(missing_ok=True)
+    torch.multiprocessing.spawn(_work, (options, meeting), nprocs=options.workers)
+    return 0
+
+
+def _work(rank: int, options: argparse.Namespace, meeting: Path) -> None:
+    distributed.init_process_group("gloo", init_method=meeting.as_uri(), rank=rank, world_size=options.workers)
+    _train(options)
+    distributed.destroy_process_group()
+
+
+def _train(options: argparse.Namespace) -> int:
+    torch.set_num_threads(1)
+    plan = Plan(seed=options.seed, tower_steps=options.tower_steps, steps=options.steps, decay=options.decay)
     checkpoint = options.outdir / _CHECKPOINT
     trainee = Trainee(plan.seed, "cuda" if torch.cuda.is_available() else "cpu")
     trainee.start_stage(1)
     if options.resume and checkpoint.exists():
         trainee.load(checkpoint)
-    stopped = False
-
-    def stop(*_: object) -> None:
-        nonlocal stopped
-        stopped = True
-
-    signal.signal(signal.SIGTERM, stop)
-    torch.set_num_threads(1)
     started = time.monotonic()
 
     def after_step(told: str) -> None:
-        if trainee.step % 20 == 0:
+        chief = _rank() == 0
+        if chief and trainee.step % 20 == 0:
             print(f"{time.monotonic() - started:7.0f} s  stage {trainee.stage} step {trainee.step}  {told}", flush=True)
-        if trainee.stage == 2 and trainee.step % plan.score_every == 0:
+        if chief and trainee.stage == 2 and trainee.step % plan.score_every == 0:
             print(f"{time.monotonic() - started:7.0f} s  held out: {held_out(trainee)}", flush=True)
-        if stopped or trainee.step % plan.save_every == 0:
+        if chief and trainee.step % plan.save_every == 0:
             trainee.save(checkpoint)
-        if stopped:
-            print(f"stopped after step {trainee.step} of stage {trainee.stage}", flush=True)
-            sys.exit(0)
 
     if trainee.stage == 1:
         train_tower(trainee, plan, after_step)
-        trainee.save(options.outdir / "tower.pt")
         trainee.start_stage(2)
     train_all(trainee, plan, after_step)
-    trainee.save(checkpoint)
-    print(f"{time.monotonic() - started:7.0f} s  at the end: {held_out(trainee, rounds=16)}", flush=True)
+    if _rank() == 0:
+        trainee.save(checkpoint)
+        save_checkpoint(options.outdir, trainee.network, trainee.vocabulary)
+        print(f"{time.monotonic() - started:7.0f} s  at the end: {held_out(trainee, rounds=16)}", flush=True)
     return 0
 
 

@@ -15,6 +15,7 @@ from lookonce.images import smart_size
 from .prompt import PromptMaker, TokenSequence
 from .scene import (
     COLOURS,
+    GRIDS,
     PIXEL_RULE,
     PLACES,
     SHAPES,
@@ -66,24 +67,19 @@ class TowerBatch:
 
 
 def row_labels(scene: Scene, grid: tuple[int, int]) -> NDArray[np.int64]:
-    """Say of each row whose middle lies in it: (rows, kinds); two things in one row leave the later one."""
+    """Say of each row what lies at the place whose middle it holds: (rows, kinds).
+
+    Where the grid is not that of the places a thing lies in several rows; still just this one is to tell of it.
+    """
     rows, columns = grid
     labels = np.zeros((rows * columns, len(N_KINDS)), np.int64)
 
-    def number(place: str, offset: tuple[float, float] = (0.0, 0.0)) -> int:
+    def number(place: str) -> int:
         row, column = divmod(PLACES.index(place), 3)
-        x = (column + 0.5 + offset[0]) / 3 * columns
-        y = (row + 0.5 + offset[1]) / 3 * rows
-        return int(y) * columns + int(x)
+        return (2 * row + 1) * rows // 6 * columns + (2 * column + 1) * columns // 6
 
-    room = min(scene.width, scene.height)
     for thing in scene.things:
-        radius = room / 6 * {"small": 0.5, "large": 0.86}[thing.size] * thing.scale
-        offset = (
-            thing.offset[0] * 0.7 * (0.5 - radius * 3 / scene.width),
-            thing.offset[1] * 0.7 * (0.5 - radius * 3 / scene.height),
-        )
-        labels[number(thing.place, offset)] = (
+        labels[number(thing.place)] = (
             1 + SHAPES.index(thing.shape),
             1 + list(COLOURS).index(thing.colour),
             1 + SIZES.index(thing.size),
@@ -95,7 +91,7 @@ def row_labels(scene: Scene, grid: tuple[int, int]) -> NDArray[np.int64]:
 
 def make_tower_batch(rng: random.Random, size: int, *, aligned: bool) -> TowerBatch:
     """Make pictures for the tower alone; aligned ones have each thing within one row."""
-    grid = (3, 3) if aligned else random_grid(rng)
+    grid = (3, 3) if aligned else rng.choice(GRIDS)
     scenes = [make_scene(rng, grid=grid, counts=(1, 1, 2, 3), word_share=0.7) for _ in range(size)]
     labels = [row_labels(scene, grid) for scene in scenes]
     return TowerBatch(np.stack([fitted(scene) for scene in scenes]), np.concatenate(labels))

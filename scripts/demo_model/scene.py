@@ -17,6 +17,7 @@ from lookonce.images import QWEN3_VL, Picture, fit, open_picture
 __all__ = [
     "BACKGROUNDS",
     "COLOURS",
+    "GRIDS",
     "PIXEL_RULE",
     "PLACES",
     "SHAPES",
@@ -60,6 +61,7 @@ _SIZES = {
     (4, 5): ((160, 128), (150, 120)),
     (5, 4): ((128, 160), (120, 150)),
 }
+GRIDS = tuple(_SIZES)
 _GRID_WEIGHTS = (4, 2, 2, 3, 2, 1, 1, 1)
 
 
@@ -95,7 +97,7 @@ class Scene:
 
 def random_grid(rng: random.Random) -> tuple[int, int]:
     """Choose the rows and columns of merged tokens that a picture will have."""
-    return rng.choices(list(_SIZES), weights=_GRID_WEIGHTS)[0]
+    return rng.choices(GRIDS, weights=_GRID_WEIGHTS)[0]
 
 
 def make_scene(

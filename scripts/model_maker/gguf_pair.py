@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from .shape import Shape
 from .template import CHAT_TEMPLATES
 from .vocabulary import Vocabulary
-from .weight import Weights
+from .weight import NamedWeights
 
 __all__ = ["FILE_TYPES", "write_projector", "write_text"]
 
@@ -76,7 +76,7 @@ class _Tensor:
     make: Callable[[], NDArray[np.float32]]
 
 
-def write_text(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabulary, *, type: str, name: str) -> None:
+def write_text(path: Path, shape: Shape, weights: NamedWeights, vocabulary: Vocabulary, *, type: str, name: str) -> None:
     """Write the text model to `path`, whole or not at all."""
     arch = "qwen3vl" if shape.family == "qwen3vl" else "qwen2vl"
     tensors = [
@@ -93,7 +93,7 @@ def write_text(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabular
     _write(path, tensors, describe, arch=arch, type=type, name=name)
 
 
-def write_projector(path: Path, shape: Shape, weights: Weights, *, type: str, name: str) -> None:
+def write_projector(path: Path, shape: Shape, weights: NamedWeights, *, type: str, name: str) -> None:
     """Write the projector file to `path`, whole or not at all."""
     tensors = [
         tensor for key in weights if key.startswith("model.visual.") for tensor in _vision_tensors(key, shape, weights)
@@ -181,7 +181,7 @@ def _ggml_name(key: str, shape: Shape) -> str:
     return f"v.blk.{index}.{_VISION_NAMES[name]}.{ending}"
 
 
-def _vision_tensors(key: str, shape: Shape, weights: Weights) -> Iterator[_Tensor]:
+def _vision_tensors(key: str, shape: Shape, weights: NamedWeights) -> Iterator[_Tensor]:
     """Give the tensors of the file that one of the state dict becomes: two convolutions, or q, k and v."""
     name, whole = _ggml_name(key, shape), weights.shape_of(key)
     if key.endswith("patch_embed.proj.weight"):
