@@ -13,20 +13,23 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
 from demo_model.batch import N_KINDS, Step, make_step, make_tower_batch
+from demo_model.checkpoint import SHAPE, export_pair, save_checkpoint
 from demo_model.network import collate, look, read, tower_rows
 from demo_model.prompt import PromptMaker
-from demo_model.reference import save_checkpoint
 from demo_model.vocabulary import train_vocabulary
-from model_maker.shape import find_shape
+from make_model import TEXT_TYPES
+from model_maker.gguf_pair import FILE_TYPES
 from model_maker.vocabulary import Vocabulary
 from parity_reference import make_fresh_network, make_tokenizer
 
@@ -46,12 +49,31 @@ class Plan:
     decay: int = 800
     warm_up: int = 100
     rate: float = 1e-3
-    scenes: int = 16
-    twins: int = 10
-    pairs: int = 6
+    scenes: int = 12
+    twins: int = 8
+    pairs: int = 4
     budget: int = 110
     score_every: int = 200
     save_every: int = 50
+    final_rounds: int = 16
+
+
+# The whole way in little time, to see that it can be gone.
+_SMOKE = Plan(
+    tower_steps=12,
+    aligned_steps=8,
+    tower_batch=16,
+    steps=6,
+    decay=3,
+    warm_up=2,
+    scenes=4,
+    twins=2,
+    pairs=2,
+    score_every=4,
+    save_every=5,
+    final_rounds=1,
+)
+_PLAN = Plan()
 
 
 class Trainee:
@@ -59,10 +81,9 @@ class Trainee:
 
     def __init__(self, seed: int, device: str) -> None:
         torch.manual_seed(seed)
-        self.shape = find_shape("qwen3vl", "demo")
-        self.vocabulary: Vocabulary = train_vocabulary(self.shape.text.vocab_size)
-        self.network: Any = make_fresh_network(self.shape, self.vocabulary).to(device).train()
-        width = self.shape.text.hidden_size
+        self.vocabulary: Vocabulary = train_vocabulary(SHAPE.text.vocab_size)
+        self.network: Any = make_fresh_network(SHAPE, self.vocabulary).to(device).train()
+        width = SHAPE.text.hidden_size
         self.heads = nn.ModuleList([nn.Linear(width, n) for n in N_KINDS]).to(device)
         tokenizer = make_tokenizer("qwen3vl", self.vocabulary)
         known: dict[str, list[int]] = {}
@@ -108,6 +129,11 @@ class Trainee:
         self.heads.load_state_dict(state["heads"])
         self._make_optimizer()
         self.optimizer.load_state_dict(state["optimizer"])
+
+    def weights(self) -> dict[str, NDArray[np.float32]]:
+        """Give all weights under transformers' names."""
+        state = self.network.state_dict()
+        return {name: tensor.detach().float().cpu().contiguous().numpy() for name, tensor in state.items()}
 
     def learn(self, loss: Tensor, rate: float) -> None:
         """Make one step of the optimiser, on the mean of all workers' gradients."""
@@ -214,7 +240,7 @@ def train_all(trainee: Trainee, plan: Plan, after_step: Callable[[str], None]) -
 
 
 @torch.no_grad()
-def held_out(trainee: Trainee, *, seed: str = "held out", rounds: int = 4) -> str:
+def held_out(trainee: Trainee, *, seed: str = "held out", rounds: int = 2) -> str:
     """Score scenes that training never sees: exact answers by task, recall@1 with hard negatives."""
     trainee.network.eval()
     right: dict[str, list[bool]] = defaultdict(list)
@@ -243,10 +269,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--outdir", type=Path, required=True, help="folder for checkpoints and the two files")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--tower-steps", type=int, default=Plan.tower_steps, help="steps of stage 1")
-    parser.add_argument("--steps", type=int, default=Plan.steps, help="steps of stage 2")
-    parser.add_argument("--decay", type=int, default=Plan.decay, help="last steps, in which the rate falls to zero")
+    parser.add_argument("--tower-steps", type=int, default=_PLAN.tower_steps, help="steps of stage 1")
+    parser.add_argument("--steps", type=int, default=_PLAN.steps, help="steps of stage 2")
+    parser.add_argument("--decay", type=int, default=_PLAN.decay, help="last steps, in which the rate falls to zero")
     parser.add_argument("--workers", type=int, default=2, help="processes of one thread, each with scenes of its own")
+    parser.add_argument("--type", choices=TEXT_TYPES, default="Q8_0", help="type of the text model's file")
+    parser.add_argument("--mmproj-type", choices=list(FILE_TYPES), default="F16", help="type of the projector file")
+    parser.add_argument("--smoke", action="store_true", help="go the whole way in under two minutes, learning little")
     parser.add_argument("--resume", action="store_true", help="go on from the folder's checkpoint")
     return parser.parse_args(arguments)
 
@@ -271,7 +300,11 @@ def _work(rank: int, options: argparse.Namespace, meeting: Path) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    plan = Plan(seed=options.seed, tower_steps=options.tower_steps, steps=options.steps, decay=options.decay)
+    plan = replace(
+        _PLAN, seed=options.seed, tower_steps=options.tower_steps, steps=options.steps, decay=options.decay
+    )
+    if options.smoke:
+        plan = replace(_SMOKE, seed=options.seed)
     checkpoint = options.outdir / _CHECKPOINT
     trainee = Trainee(plan.seed, "cuda" if torch.cuda.is_available() else "cpu")
     trainee.start_stage(1)
@@ -294,8 +327,10 @@ def _train(options: argparse.Namespace) -> int:
     train_all(trainee, plan, after_step)
     if _rank() == 0:
         trainee.save(checkpoint)
-        save_checkpoint(options.outdir, trainee.network, trainee.vocabulary)
-        print(f"{time.monotonic() - started:7.0f} s  at the end: {held_out(trainee, rounds=16)}", flush=True)
+        save_checkpoint(options.outdir, trainee.weights(), trainee.vocabulary)
+        files = export_pair(options.outdir, options.outdir, type=options.type, mmproj_type=options.mmproj_type)
+        print(*files, sep="\n")
+        print(f"{time.monotonic() - started:7.0f} s  at the end: {held_out(trainee, rounds=plan.final_rounds)}", flush=True)
     return 0
 
 

@@ -1,9 +1,8 @@
-"""The demo model's checkpoint: written and read as safetensors, turned into the two files, and examined.
+"""The demo model's checkpoint examined through transformers.
 
 The exam goes through transformers' own forward pass, prompts and picture processor, not through training's.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,43 +10,24 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from safetensors.numpy import load_file, save_file
 from torch.nn import functional
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from model_maker.shape import find_shape
-from model_maker.vocabulary import Vocabulary, build_vocabulary
 from parity_reference import make_network, make_tokenizer
 
+from .checkpoint import SHAPE, load_checkpoint
 from .exam import Entry, Marks, Matching
 from .prompt import INSTRUCTION
 from .scene import PIXEL_RULE, Scene, draw
 from .task import ALIASES
 
-__all__ = ["load_checkpoint", "save_checkpoint", "score_checkpoint"]
-
-_WEIGHTS, _MERGES = "model.safetensors", "merges.json"
-_SHAPE = find_shape("qwen3vl", "demo")
-
-
-def save_checkpoint(folder: Path, network: Any, vocabulary: Vocabulary) -> None:
-    """Write a network's weights under transformers' names, and the vocabulary's merges."""
-    weights = {name: tensor.detach().float().cpu().contiguous().numpy() for name, tensor in network.state_dict().items()}
-    weights.pop("lm_head.weight")  # tied to the embeddings
-    save_file(weights, folder / _WEIGHTS)
-    (folder / _MERGES).write_text(json.dumps(vocabulary.merges))
-
-
-def load_checkpoint(folder: Path) -> tuple[dict[str, NDArray[np.float32]], Vocabulary]:
-    """Read what `save_checkpoint` wrote."""
-    merges = tuple((first, second) for first, second in json.loads((folder / _MERGES).read_text()))
-    return load_file(folder / _WEIGHTS), build_vocabulary("qwen3vl", _SHAPE.text.vocab_size, merges)
+__all__ = ["score_checkpoint"]
 
 
 class _Examinee:
     def __init__(self, folder: Path) -> None:
         weights, vocabulary = load_checkpoint(folder)
-        self.network = make_network(_SHAPE, weights, vocabulary)
+        self.network = make_network(SHAPE, weights, vocabulary)
         self.tokenizer = make_tokenizer("qwen3vl", vocabulary)
         self.processor = Qwen2VLImageProcessorPil(
             size={"shortest_edge": PIXEL_RULE.min_pixels, "longest_edge": PIXEL_RULE.max_pixels},
