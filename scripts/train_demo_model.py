@@ -42,8 +42,9 @@ class Plan:
     """How long and how hard to train. Stage 2 keeps its peak rate until the last `decay` steps."""
 
     seed: int = 0
-    tower_steps: int = 2000
+    tower_steps: int = 2600
     aligned_steps: int = 300
+    crowded_from: int = 1200
     tower_batch: int = 48
     steps: int = 3000
     decay: int = 800
@@ -62,6 +63,7 @@ class Plan:
 _SMOKE = Plan(
     tower_steps=12,
     aligned_steps=8,
+    crowded_from=10,
     tower_batch=16,
     steps=6,
     decay=3,
@@ -180,7 +182,10 @@ def train_tower(trainee: Trainee, plan: Plan, after_step: Callable[[str], None])
     """Stage 1."""
     while trainee.step < plan.tower_steps:
         batch = make_tower_batch(
-            random.Random(_name(plan, "tower", trainee.step)), plan.tower_batch, aligned=trainee.step < plan.aligned_steps
+            random.Random(_name(plan, "tower", trainee.step)),
+            plan.tower_batch,
+            aligned=trainee.step < plan.aligned_steps,
+            crowded=trainee.step >= plan.crowded_from,
         )
         rows, _ = look(trainee.network.model.visual, batch.pixels)
         loss, shares = tower_loss(trainee, rows, torch.from_numpy(batch.labels).to(trainee.device))

@@ -22,6 +22,7 @@ from .scene import (
     SIZES,
     WORDS,
     Scene,
+    crowd,
     fitted,
     grid_of,
     make_scene,
@@ -66,7 +67,9 @@ class TowerBatch:
     labels: NDArray[np.int64]
 
 
-def row_labels(scene: Scene, grid: tuple[int, int]) -> NDArray[np.int64]:
+def row_labels(
+    scene: Scene, grid: tuple[int, int], more_words: tuple[tuple[str, str], ...] = ()
+) -> NDArray[np.int64]:
     """Say of each row what lies at the place whose middle it holds: (rows, kinds).
 
     Where the grid is not that of the places a thing lies in several rows; still just this one is to tell of it.
@@ -84,17 +87,21 @@ def row_labels(scene: Scene, grid: tuple[int, int]) -> NDArray[np.int64]:
             1 + list(COLOURS).index(thing.colour),
             1 + SIZES.index(thing.size),
         )
-    if scene.word is not None and scene.word_place is not None:
-        labels[number(scene.word_place)] = (1 + len(SHAPES) + WORDS.index(scene.word), 0, 0)
+    own = ((scene.word, scene.word_place),) if scene.word and scene.word_place else ()
+    for word, place in (*own, *more_words):
+        labels[number(place)] = (1 + len(SHAPES) + WORDS.index(word), 0, 0)
     return labels
 
 
-def make_tower_batch(rng: random.Random, size: int, *, aligned: bool) -> TowerBatch:
-    """Make pictures for the tower alone; aligned ones have each thing within one row."""
+def make_tower_batch(rng: random.Random, size: int, *, aligned: bool, crowded: bool) -> TowerBatch:
+    """Make pictures for the tower alone; aligned ones have each thing within one row, crowded ones many things."""
     grid = (3, 3) if aligned else rng.choice(GRIDS)
-    scenes = [make_scene(rng, grid=grid, counts=(1, 1, 2, 3), word_share=0.7) for _ in range(size)]
-    labels = [row_labels(scene, grid) for scene in scenes]
-    return TowerBatch(np.stack([fitted(scene) for scene in scenes]), np.concatenate(labels))
+    if crowded:
+        made = [crowd(rng, grid) for _ in range(size)]
+    else:
+        made = [(make_scene(rng, grid=grid, counts=(1, 1, 2, 3), word_share=0.7), ()) for _ in range(size)]
+    labels = [row_labels(scene, grid, words) for scene, words in made]
+    return TowerBatch(np.stack([fitted(*one) for one in made]), np.concatenate(labels))
 
 
 def make_step(rng: random.Random, maker: PromptMaker, *, scenes: int, twins: int, pairs: int, budget: int) -> Step:

@@ -25,6 +25,7 @@ __all__ = [
     "WORDS",
     "Scene",
     "Thing",
+    "crowd",
     "draw",
     "fitted",
     "grid_of",
@@ -124,6 +125,14 @@ def make_scene(
     )
 
 
+def crowd(rng: random.Random, grid: tuple[int, int]) -> tuple[Scene, tuple[tuple[str, str], ...]]:
+    """Make a scene of three to seven shapes with words at free places: more to be told of one picture."""
+    scene = make_scene(rng, grid=grid, counts=(0, 0, 2, 2, 2, 1, 1), word_share=0.0)
+    taken = {thing.place for thing in scene.things}
+    free = [place for place in PLACES if place not in taken and rng.random() < 0.8]
+    return scene, tuple((rng.choice(WORDS), place) for place in free)
+
+
 def make_twin(rng: random.Random, scene: Scene) -> Scene:
     """Make a scene that differs in one attribute: a shape, a colour, a place, the background or the word."""
     kinds = ["shape", "colour", "place", "background", *(["word"] if scene.word else [])]
@@ -145,21 +154,23 @@ def make_twin(rng: random.Random, scene: Scene) -> Scene:
     return replace(scene, things=tuple(sorted(things, key=lambda one: one.cell)))
 
 
-def draw(scene: Scene) -> Image.Image:
-    """Draw a scene at its own size. The same scene gives the same pixels."""
+def draw(scene: Scene, more_words: tuple[tuple[str, str], ...] = ()) -> Image.Image:
+    """Draw a scene at its own size, with more words, each with its place. The same scene gives the same pixels."""
     rng = random.Random(scene.seed)
     picture = Image.new("RGB", (scene.width, scene.height), _shade(rng, BACKGROUNDS[scene.background]))
     brush = ImageDraw.Draw(picture)
     for thing in scene.things:
         _draw_thing(brush, thing, scene, _shade(rng, COLOURS[thing.colour]))
     if scene.word is not None and scene.word_place is not None:
-        _draw_word(brush, scene, rng)
+        _draw_word(brush, scene, scene.word, scene.word_place, rng)
+    for word, place in more_words:
+        _draw_word(brush, scene, word, place, rng)
     return picture
 
 
-def fitted(scene: Scene) -> NDArray[np.uint8]:
+def fitted(scene: Scene, more_words: tuple[tuple[str, str], ...] = ()) -> NDArray[np.uint8]:
     """Draw a scene and give the pixels (height, width, 3) that the vision tower sees."""
-    picture: Picture = fit(open_picture(draw(scene)), PIXEL_RULE)
+    picture: Picture = fit(open_picture(draw(scene, more_words)), PIXEL_RULE)
     return picture.pixels
 
 
@@ -218,13 +229,13 @@ def _corners(shape: str) -> tuple[tuple[float, float], ...]:
     return tuple((radius * math.sin(turn), -radius * math.cos(turn)) for turn, radius in zip(turns, radii, strict=True))
 
 
-def _draw_word(brush: ImageDraw.ImageDraw, scene: Scene, rng: random.Random) -> None:
+def _draw_word(brush: ImageDraw.ImageDraw, scene: Scene, word: str, place: str, rng: random.Random) -> None:
     room = min(scene.width, scene.height) / 3
     ink = {"white": (20, 20, 20), "pink": (20, 20, 20)}.get(scene.background, (245, 245, 245))
-    font = _font(str(scene.word), round(room * 0.92))
-    x, y = _middle(scene, str(scene.word_place))
+    font = _font(word, round(room * 0.92))
+    x, y = _middle(scene, place)
     x, y = x + rng.uniform(-1, 1) * 0.03 * room, y + rng.uniform(-1, 1) * 0.08 * room
-    brush.text((x, y), str(scene.word), fill=ink, font=font, anchor="mm")
+    brush.text((x, y), word, fill=ink, font=font, anchor="mm")
 
 
 @cache
