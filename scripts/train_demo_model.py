@@ -42,7 +42,7 @@ class Plan:
     """How long and how hard to train. Stage 2 keeps its peak rate until the last `decay` steps."""
 
     seed: int = 0
-    tower_steps: int = 2600
+    tower_steps: int = 1900
     aligned_steps: int = 300
     crowded_from: int = 1200
     tower_batch: int = 48
@@ -53,7 +53,7 @@ class Plan:
     scenes: int = 12
     twins: int = 8
     pairs: int = 4
-    budget: int = 110
+    budget: int = 130
     score_every: int = 200
     save_every: int = 50
     final_rounds: int = 16
@@ -220,9 +220,14 @@ def vectors(trainee: Trainee, step: Step, rows: Tensor, stacked: list[Tensor]) -
     """Give the vectors of a step's pictures and captions, each (n, width) of length one."""
     language, image_token = trainee.network.model.language_model, trainee.maker.image_token
     seen = collate(step.seen, step.counts, image_token)
-    told = collate(step.captions, [], image_token)
     pictures = read(language, seen, rows, stacked)[seen.lasts.to(trainee.device)]
-    captions = read(language, told, None, [])[told.lasts.to(trainee.device)]
+    # Short captions apart from long ones: less padding.
+    order = sorted(range(len(step.captions)), key=lambda place: len(step.captions[place]))
+    captions = torch.empty_like(pictures)
+    for places in (order[: len(order) // 2], order[len(order) // 2 :]):
+        told = collate([step.captions[place] for place in places], [], image_token)
+        states = read(language, told, None, [])[told.lasts.to(trainee.device)]
+        captions = captions.index_copy(0, torch.tensor(places, device=trainee.device), states)
     return functional.normalize(pictures, dim=-1), functional.normalize(captions, dim=-1)
 
 

@@ -29,7 +29,7 @@ from .scene import (
     make_twin,
     random_grid,
 )
-from .task import ask, ask_blind, ask_pair, caption
+from .task import Question, ask, ask_blind, ask_pair, caption
 
 __all__ = ["N_KINDS", "Step", "TowerBatch", "make_step", "make_tower_batch", "row_labels"]
 
@@ -38,7 +38,7 @@ N_KINDS = (1 + len(SHAPES) + len(WORDS), 1 + len(COLOURS), 1 + len(SIZES))
 
 # How often each task is asked; what is harder comes more often.
 _TASK_WEIGHTS = {
-    **{"describe": 1.2, "colour": 1.2, "shape": 1.2, "place": 1.0, "size": 1.0, "count": 1.4, "yes/no": 1.4},
+    **{"describe": 1.6, "colour": 1.2, "shape": 1.2, "place": 1.0, "size": 1.0, "count": 1.4, "yes/no": 1.4},
     **{"word": 1.0, "follow-up": 1.6},
 }
 
@@ -130,14 +130,17 @@ def make_step(rng: random.Random, maker: PromptMaker, *, scenes: int, twins: int
 
 
 def _questions(rng: random.Random, maker: PromptMaker, scene: Scene, number: int, budget: int) -> TokenSequence:
+    """Ask until the next question would go beyond `budget`: sequences of like length waste little on padding."""
+    asked: list[Question] = []
     made = maker.ask([], [(number, _grid(scene))])
-    branch = 0
-    while len(made) < budget:
+    while True:
         task = rng.choices(list(_TASK_WEIGHTS), weights=list(_TASK_WEIGHTS.values()))[0]
-        if (question := ask(rng, scene, task)) is not None:
-            branch += 1
-            maker.branch(made, question, branch)
-    return made
+        if (question := ask(rng, scene, task)) is None:
+            continue
+        if asked and len(made) + maker.length(question) > budget:
+            return made
+        asked.append(question)
+        maker.branch(made, question, len(asked))
 
 
 def _grid(scene: Scene) -> tuple[int, int]:

@@ -68,6 +68,12 @@ class PromptMaker:
                 self._text(made, "\n", branch)
         made.next_position = before
 
+    def length(self, question: Question) -> int:
+        """Say how many tokens a question's branch takes."""
+        alone = TokenSequence()
+        self.branch(alone, question, 1)
+        return len(alone)
+
     def ask_inline(self, question: Question, pictures: Sequence[tuple[int, Grid]]) -> TokenSequence:
         """Put one question of one turn whose aliases stand for pictures; a picture that it does not name comes first."""
         ((text, answer),) = question.turns
