@@ -155,6 +155,7 @@ class Reference:
 
 
 def make_tokenizer(family: str, vocabulary: Vocabulary) -> transformers.PreTrainedTokenizerFast:
+    """Give transformers' tokenizer over a vocabulary, with the family's pre-tokenizer and chat template."""
     added = vocabulary.control | vocabulary.user_defined
     regular = {token: index for index, token in enumerate(vocabulary.tokens) if index not in added | vocabulary.unused}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=regular, merges=list(vocabulary.merges)))

@@ -24,7 +24,7 @@ from demo_model.scene import PIXEL_RULE, Scene, draw
 __all__ = ["main", "score_lookonce"]
 
 Vectors = NDArray[np.float32]
-_LIMITS = {"min_pixels": PIXEL_RULE.min_pixels, "max_pixels": PIXEL_RULE.max_pixels}
+_MIN_PIXELS, _MAX_PIXELS = PIXEL_RULE.min_pixels, PIXEL_RULE.max_pixels
 _MAX_TOKENS = 80
 
 
@@ -33,7 +33,7 @@ def score_lookonce(model: lookonce.Model, entries: list[Entry], matching: Matchi
     marks = Marks()
     for entry in entries:
         _answer(model, entry, marks)
-    with lookonce.Embedder(model, **_LIMITS) as embedder:
+    with lookonce.Embedder(model, min_pixels=_MIN_PIXELS, max_pixels=_MAX_PIXELS) as embedder:
         scenes = (*matching.scenes, *matching.twins)
         pictures = embedder.embed_batch([{"image": _look(model, scene)} for scene in scenes])
         captions = embedder.embed_batch([{"text": text} for text in matching.captions])
@@ -41,7 +41,7 @@ def score_lookonce(model: lookonce.Model, entries: list[Entry], matching: Matchi
 
 
 def _look(model: lookonce.Model, scene: Scene) -> lookonce.ImageEmbedding:
-    return model.look(draw(scene), **_LIMITS)
+    return model.look(draw(scene), min_pixels=_MIN_PIXELS, max_pixels=_MAX_PIXELS)
 
 
 def _answer(model: lookonce.Model, entry: Entry, marks: Marks) -> None:

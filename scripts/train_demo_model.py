@@ -141,7 +141,7 @@ class Trainee:
         """Make one step of the optimiser, on the mean of all workers' gradients."""
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         learned = [one for group in self.optimizer.param_groups for one in group["params"] if one.grad is not None]
         if distributed.is_initialized():
             _average([one.grad for one in learned])
@@ -249,7 +249,6 @@ def train_all(trainee: Trainee, plan: Plan, after_step: Callable[[str], None]) -
         after_step(" ".join(f"{name} {value:.4f}" for name, value in parts.items()))
 
 
-@torch.no_grad()
 def held_out(trainee: Trainee, *, seed: str = "held out", rounds: int = 2) -> str:
     """Score scenes that training never sees: exact answers by task, recall@1 with hard negatives."""
     trainee.network.eval()
@@ -257,22 +256,28 @@ def held_out(trainee: Trainee, *, seed: str = "held out", rounds: int = 2) -> st
     found: list[bool] = []
     for number in range(rounds):
         step = make_step(random.Random(f"{seed} {number}"), trainee.maker, scenes=32, twins=32, pairs=16, budget=160)
-        rows, stacked = tower_rows(trainee.network.model.visual, step.pictures)
-        batch = collate(step.questions, step.counts, trainee.maker.image_token)
-        hidden = read(trainee.network.model.language_model, batch, rows, stacked)
-        # The whole answer is right where each of its tokens is the likeliest after those before it.
-        told = trainee.network.lm_head(hidden).argmax(-1).reshape(batch.tokens.shape).cpu()
-        for index, sequence in enumerate(step.questions):
-            for task, start, stop in sequence.questions:
-                right[task].append(bool((told[index, start - 1 : stop - 1] == batch.tokens[index, start:stop]).all()))
-        pictures, captions = vectors(trainee, step, rows, stacked)
-        similar = (pictures @ captions.T).cpu()
-        pairs = torch.arange(len(similar))
-        found += [*(similar.argmax(0) == pairs).tolist(), *(similar.argmax(1) == pairs).tolist()]
+        with torch.no_grad():
+            found += _score_step(trainee, step, right)
     trainee.network.train()
     everything = [one for task in right.values() for one in task]
     shares = " ".join(f"{task} {sum(one) / len(one):.3f}" for task, one in right.items())
     return f"right {sum(everything) / len(everything):.3f} recall {sum(found) / len(found):.3f} | {shares}"
+
+
+def _score_step(trainee: Trainee, step: Step, right: dict[str, list[bool]]) -> list[bool]:
+    """Count the right answers of a step by task, and give which pictures and captions found each other."""
+    rows, stacked = tower_rows(trainee.network.model.visual, step.pictures)
+    batch = collate(step.questions, step.counts, trainee.maker.image_token)
+    hidden = read(trainee.network.model.language_model, batch, rows, stacked)
+    # The whole answer is right where each of its tokens is the likeliest after those before it.
+    told = trainee.network.lm_head(hidden).argmax(-1).reshape(batch.tokens.shape).cpu()
+    for index, sequence in enumerate(step.questions):
+        for task, start, stop in sequence.questions:
+            right[task].append(bool((told[index, start - 1 : stop - 1] == batch.tokens[index, start:stop]).all()))
+    pictures, captions = vectors(trainee, step, rows, stacked)
+    similar = (pictures @ captions.T).cpu()
+    pairs = torch.arange(len(similar))
+    return [*(similar.argmax(0) == pairs).tolist(), *(similar.argmax(1) == pairs).tolist()]
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace:
@@ -310,9 +315,7 @@ def _work(rank: int, options: argparse.Namespace, meeting: Path) -> None:
 
 def _train(options: argparse.Namespace) -> int:
     torch.set_num_threads(1)
-    plan = replace(
-        _PLAN, seed=options.seed, tower_steps=options.tower_steps, steps=options.steps, decay=options.decay
-    )
+    plan = replace(_PLAN, seed=options.seed, tower_steps=options.tower_steps, steps=options.steps, decay=options.decay)
     if options.smoke:
         plan = replace(_SMOKE, seed=options.seed)
     checkpoint = options.outdir / _CHECKPOINT
@@ -340,7 +343,8 @@ def _train(options: argparse.Namespace) -> int:
         save_checkpoint(options.outdir, trainee.weights(), trainee.vocabulary)
         files = export_pair(options.outdir, options.outdir, type=options.type, mmproj_type=options.mmproj_type)
         print(*files, sep="\n")
-        print(f"{time.monotonic() - started:7.0f} s  at the end: {held_out(trainee, rounds=plan.final_rounds)}", flush=True)
+        scores = held_out(trainee, rounds=plan.final_rounds)
+        print(f"{time.monotonic() - started:7.0f} s  at the end: {scores}", flush=True)
     return 0
 
 

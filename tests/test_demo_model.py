@@ -15,8 +15,7 @@ import lookonce
 from lookonce.embedding import ImageEmbedding
 from lookonce.prompt import Message, RowRun, TokenRun, name_looks, place_looks
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "scripts"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from demo_model.exam import Entry, Marks, make_exam, make_matching, recall
 from demo_model.prompt import PromptMaker, TokenSequence
@@ -24,6 +23,7 @@ from demo_model.scene import PIXEL_RULE, Scene, Thing, draw, fitted, grid_of, ma
 from demo_model.task import NO_PICTURE, TASKS, caption
 from score_demo_model import score_lookonce
 
+ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path(lookonce.__file__).resolve().parent / "data" / "demo"
 LIMITS = {"min_pixels": PIXEL_RULE.min_pixels, "max_pixels": PIXEL_RULE.max_pixels}
 GREEDY = {"temperature": 0.0, "max_tokens": 80}

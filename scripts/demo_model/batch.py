@@ -67,9 +67,7 @@ class TowerBatch:
     labels: NDArray[np.int64]
 
 
-def row_labels(
-    scene: Scene, grid: tuple[int, int], more_words: tuple[tuple[str, str], ...] = ()
-) -> NDArray[np.int64]:
+def row_labels(scene: Scene, grid: tuple[int, int], more_words: tuple[tuple[str, str], ...] = ()) -> NDArray[np.int64]:
     """Say of each row what lies at the place whose middle it holds: (rows, kinds).
 
     Where the grid is not that of the places a thing lies in several rows; still just this one is to tell of it.
@@ -115,7 +113,9 @@ def make_step(rng: random.Random, maker: PromptMaker, *, scenes: int, twins: int
     made.questions = [_questions(rng, maker, scene, number, budget) for number, scene in enumerate(all_scenes)]
     all_scenes += [make_twin(rng, scene) for scene in all_scenes[:twins]]
     made.pictures = [fitted(scene) for scene in all_scenes]
-    made.labels = [row_labels(scene, grid_of(picture)) for scene, picture in zip(all_scenes, made.pictures, strict=True)]
+    made.labels = [
+        row_labels(scene, grid_of(picture)) for scene, picture in zip(all_scenes, made.pictures, strict=True)
+    ]
     for pair in range(pairs):
         made.questions.append(_pair(rng, maker, all_scenes, made.pictures, inline=pair % 2 == 0, budget=budget))
     made.questions.append(maker.ask([ask_blind(rng) for _ in range(4)], []))
@@ -175,4 +175,3 @@ def _pair(
                 maker.branch(made, question, branch)
         if branch:
             return made
-

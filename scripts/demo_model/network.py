@@ -17,7 +17,7 @@ from transformers.vision_utils import get_vision_interpolation_indices_and_weigh
 
 from .prompt import TRUNK, TokenSequence
 
-__all__ = ["Batch", "collate", "look", "patch_labels", "read", "tower_rows"]
+__all__ = ["Batch", "collate", "look", "read", "tower_rows"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,9 +173,3 @@ def _attend(attention: Any, states: Tensor, cos: Tensor, sin: Tensor, mask: Tens
     key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
     seen = functional.scaled_dot_product_attention(query, key, value, attn_mask=mask)
     return torch.as_tensor(attention.o_proj(seen.transpose(1, 2).reshape(count, length, -1)))
-
-
-def patch_labels(grid: tuple[int, int], width: float, height: float, middle: tuple[float, float]) -> int:
-    """Give the number of the merged token in which a point of a picture lies."""
-    rows, columns = grid
-    return min(rows - 1, int(middle[1] / height * rows)) * columns + min(columns - 1, int(middle[0] / width * columns))

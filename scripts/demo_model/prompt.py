@@ -75,7 +75,7 @@ class PromptMaker:
         return len(alone)
 
     def ask_inline(self, question: Question, pictures: Sequence[tuple[int, Grid]]) -> TokenSequence:
-        """Put one question of one turn whose aliases stand for pictures; a picture that it does not name comes first."""
+        """Put one question of one turn whose aliases stand for pictures; a picture not named comes first."""
         ((text, answer),) = question.turns
         made = TokenSequence()
         self._text(made, _USER, TRUNK)

@@ -95,24 +95,28 @@ def _first_turn(entry: Entry) -> tuple[dict[str, Any], list[Scene]]:
     return _message("user", *parts, text), order
 
 
-@torch.inference_mode()
 def score_checkpoint(
     folder: Path, entries: list[Entry], matching: Matching
 ) -> tuple[Marks, NDArray[np.float32], NDArray[np.float32]]:
     """Let transformers sit the exam, as `score_demo_model.score_lookonce` lets Lookonce."""
     torch.set_num_threads(1)
     examinee, marks = _Examinee(folder), Marks()
-    for entry in entries:
-        first, scenes = _first_turn(entry)
-        messages = [first]
-        for turn, (text, expected) in enumerate(entry.question.turns):
-            if turn:
-                messages.append(_message("user", text))
-            marks.add(entry.question.task, text, examinee.answer(messages, scenes, expected), expected)
-            messages.append(_message("assistant", expected))
     system = _message("system", INSTRUCTION)
-    pictures = [
-        examinee.vector([system, _message("user", None)], [scene]) for scene in (*matching.scenes, *matching.twins)
-    ]
-    captions = [examinee.vector([system, _message("user", text)], []) for text in matching.captions]
+    with torch.inference_mode():
+        for entry in entries:
+            _answer(examinee, entry, marks)
+        pictures = [
+            examinee.vector([system, _message("user", None)], [scene]) for scene in (*matching.scenes, *matching.twins)
+        ]
+        captions = [examinee.vector([system, _message("user", text)], []) for text in matching.captions]
     return marks, np.stack(pictures), np.stack(captions)
+
+
+def _answer(examinee: _Examinee, entry: Entry, marks: Marks) -> None:
+    first, scenes = _first_turn(entry)
+    messages = [first]
+    for turn, (text, expected) in enumerate(entry.question.turns):
+        if turn:
+            messages.append(_message("user", text))
+        marks.add(entry.question.task, text, examinee.answer(messages, scenes, expected), expected)
+        messages.append(_message("assistant", expected))

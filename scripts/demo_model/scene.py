@@ -244,7 +244,7 @@ def _font(word: str, width: int) -> ImageFont.FreeTypeFont:
     size = round(width * 0.9)
     while True:
         font = ImageFont.load_default(size)
-        left, top, right, bottom = font.getbbox(word)  # type: ignore[union-attr]
+        left, top, right, bottom = font.getbbox(word)
         if (right - left <= width and bottom - top <= width) or size <= 6:
             return font  # type: ignore[return-value]
         size -= 1

@@ -198,7 +198,13 @@ def _yes(true: bool) -> str:
 def _word(rng: random.Random, scene: Scene) -> tuple[tuple[str, str], ...] | None:
     if scene.word is None and rng.random() < 0.7:
         return None
-    texts = ("What does it say?", "What is written?", "Read the text.", "Which word is written?", "What does the text say?")
+    texts = (
+        "What does it say?",
+        "What is written?",
+        "Read the text.",
+        "Which word is written?",
+        "What does the text say?",
+    )
     return ((rng.choice(texts), scene.word or "nothing"),)
 
 

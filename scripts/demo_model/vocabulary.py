@@ -3,6 +3,7 @@
 Needs the tokenizers library. The same seed gives the same vocabulary.
 """
 
+import json
 import random
 from collections.abc import Iterator
 
@@ -22,8 +23,9 @@ _N_SCENES = 4000
 
 def train_vocabulary(size: int) -> Vocabulary:
     """Train merges on captions, questions and answers, and build a vocabulary of `size` ids."""
+    untrained = build_vocabulary("qwen3vl", size)
     trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size - len(build_vocabulary("qwen3vl", size).control) - 8,
+        vocab_size=size - len(untrained.control | untrained.user_defined),
         initial_alphabet=list(byte_alphabet().values()),
         min_frequency=2,
         show_progress=False,
@@ -36,8 +38,6 @@ def train_vocabulary(size: int) -> Vocabulary:
         ]
     )
     backend.train_from_iterator(_texts(), trainer)
-    import json
-
     merges = tuple((first, second) for first, second in json.loads(backend.to_str())["model"]["merges"])
     return build_vocabulary("qwen3vl", size, merges)
 

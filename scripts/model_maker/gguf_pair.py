@@ -76,7 +76,9 @@ class _Tensor:
     make: Callable[[], NDArray[np.float32]]
 
 
-def write_text(path: Path, shape: Shape, weights: NamedWeights, vocabulary: Vocabulary, *, type: str, name: str) -> None:
+def write_text(
+    path: Path, shape: Shape, weights: NamedWeights, vocabulary: Vocabulary, *, type: str, name: str
+) -> None:
     """Write the text model to `path`, whole or not at all."""
     arch = "qwen3vl" if shape.family == "qwen3vl" else "qwen2vl"
     tensors = [
