@@ -192,7 +192,10 @@ def train_tower(trainee: Trainee, plan: Plan, after_step: Callable[[str], None])
         left = 1 - trainee.step / plan.tower_steps
         trainee.learn(loss, plan.rate * min(1.0, (trainee.step + 1) / 50, 4 * left + 0.02))
         trainee.step += 1
-        told = " ".join(f"{name} {share:.3f}" for name, share in zip(("kind", "colour", "size"), shares, strict=True))
+        told = " ".join(
+            f"{name} {share:.3f}"
+            for name, share in zip(("kind", "colour", "size", "place", "ground"), shares, strict=True)
+        )
         after_step(f"loss {loss.item():.4f} {told}")
 
 

@@ -116,6 +116,16 @@ def test_a_look_from_the_store_gives_the_same_right_answer(tmp_path: Path) -> No
             assert (reply.text, reply.images[0].source) == ("right", source)
 
 
+def test_questions_that_reuse_the_evaluated_picture_get_their_own_right_answers(model: lookonce.Model) -> None:
+    seen = look(model, OTHER)
+    asked = {"What does it say?": "sun", "What shape is green?": "cross", "What colour is the background?": "black"}
+    model.ask("Describe the picture.", [seen], **GREEDY)
+    for text, expected in asked.items():
+        reply = model.ask(text, [seen], **GREEDY)
+        assert reply.text == expected
+        assert reply.usage.reused >= seen.n_rows
+
+
 def test_a_follow_up_is_about_what_the_first_question_named(model: lookonce.Model) -> None:
     chat = model.chat([look(model, ONE)])
     assert chat.ask("Where is the blue circle?", **GREEDY).text == "right"

@@ -14,6 +14,7 @@ from lookonce.images import smart_size
 
 from .prompt import PromptMaker, TokenSequence
 from .scene import (
+    BACKGROUNDS,
     COLOURS,
     GRIDS,
     PIXEL_RULE,
@@ -33,13 +34,14 @@ from .task import Question, ask, ask_blind, ask_pair, caption
 
 __all__ = ["N_KINDS", "Step", "TowerBatch", "make_step", "make_tower_batch", "row_labels"]
 
-# What the throw-away heads tell of each row: which shape or word, which colour, which size; 0 is none.
-N_KINDS = (1 + len(SHAPES) + len(WORDS), 1 + len(COLOURS), 1 + len(SIZES))
+# What the throw-away heads tell of each row: which shape or word lies there, its colour and its size, which place it is
+# and on which background; 0 is none. The text model can read of a row only what the tower put there.
+N_KINDS = (1 + len(SHAPES) + len(WORDS), 1 + len(COLOURS), 1 + len(SIZES), 1 + len(PLACES), 1 + len(BACKGROUNDS))
 
 # How often each task is asked; what is harder comes more often.
 _TASK_WEIGHTS = {
-    **{"describe": 1.6, "colour": 1.2, "shape": 1.2, "place": 1.0, "size": 1.0, "count": 1.4, "yes/no": 1.4},
-    **{"word": 1.0, "follow-up": 1.6},
+    **{"describe": 1.6, "colour": 1.2, "shape": 1.2, "place": 1.2, "size": 1.0, "count": 1.4, "yes/no": 1.4},
+    **{"word": 2.0, "follow-up": 1.6},
 }
 
 
@@ -61,7 +63,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class TowerBatch:
-    """Pictures of one size (n, height, width, 3), and what the heads are to tell of each row (n x rows, 3)."""
+    """Pictures of one size (n, height, width, 3), and what the heads are to tell of each row (n x rows, kinds)."""
 
     pixels: NDArray[np.uint8]
     labels: NDArray[np.int64]
@@ -79,15 +81,18 @@ def row_labels(scene: Scene, grid: tuple[int, int], more_words: tuple[tuple[str,
         row, column = divmod(PLACES.index(place), 3)
         return (2 * row + 1) * rows // 6 * columns + (2 * column + 1) * columns // 6
 
+    labels[:, 4] = 1 + list(BACKGROUNDS).index(scene.background)
+    for place in PLACES:
+        labels[number(place), 3] = 1 + PLACES.index(place)
     for thing in scene.things:
-        labels[number(thing.place)] = (
+        labels[number(thing.place), :3] = (
             1 + SHAPES.index(thing.shape),
             1 + list(COLOURS).index(thing.colour),
             1 + SIZES.index(thing.size),
         )
     own = ((scene.word, scene.word_place),) if scene.word and scene.word_place else ()
     for word, place in (*own, *more_words):
-        labels[number(place)] = (1 + len(SHAPES) + WORDS.index(word), 0, 0)
+        labels[number(place), 0] = 1 + len(SHAPES) + WORDS.index(word)
     return labels
 
 
