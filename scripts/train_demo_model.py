@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from torch import Tensor, distributed, nn
 from torch.nn import functional
 
-from demo_model.batch import N_KINDS, Step, make_step, make_tower_batch
+from demo_model.batch import N_KINDS, Step, make_pairs, make_questions, make_tower_batch
 from demo_model.checkpoint import SHAPE, export_pair, save_checkpoint
 from demo_model.network import collate, look, read, tower_rows
 from demo_model.prompt import PromptMaker
@@ -39,7 +39,11 @@ _CHECKPOINT = "checkpoint.pt"
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How long and how hard to train. Stage 2 keeps its peak rate until the last `decay` steps."""
+    """How long and how hard to train.
+
+    Stage 2 keeps its peak rate until the last `decay` steps. Each of its steps asks about `scenes` and compares `pairs`
+    of them, but every `match_every`-th matches `matched` scenes and their twins with captions.
+    """
 
     seed: int = 0
     tower_steps: int = 1900
@@ -50,11 +54,12 @@ class Plan:
     decay: int = 800
     warm_up: int = 100
     rate: float = 1e-3
-    scenes: int = 12
-    twins: int = 8
-    pairs: int = 4
+    scenes: int = 8
+    pairs: int = 2
     budget: int = 130
-    score_every: int = 200
+    match_every: int = 4
+    matched: int = 16
+    score_every: int = 400
     save_every: int = 50
     final_rounds: int = 16
 
@@ -69,8 +74,8 @@ _SMOKE = Plan(
     decay=3,
     warm_up=2,
     scenes=4,
-    twins=2,
-    pairs=2,
+    match_every=2,
+    matched=4,
     score_every=4,
     save_every=5,
     final_rounds=1,
@@ -200,23 +205,31 @@ def train_tower(trainee: Trainee, plan: Plan, after_step: Callable[[str], None])
 
 
 def step_loss(trainee: Trainee, step: Step) -> tuple[Tensor, dict[str, float]]:
-    """Give the whole loss of a step of stage 2, and its parts."""
+    """Give the whole loss of a step of stage 2, and its parts: of questions, of pairs, or of both."""
     rows, stacked = tower_rows(trainee.network.model.visual, step.pictures)
     labels = torch.cat([torch.from_numpy(one) for one in step.labels]).to(trainee.device)
     seeing, _ = tower_loss(trainee, rows, labels)
-    language, image_token = trainee.network.model.language_model, trainee.maker.image_token
-    batch = collate(step.questions, step.counts, image_token)
-    hidden = read(language, batch, rows, stacked)
+    loss, parts = 0.2 * seeing, {"seeing": seeing.item()}
+    if step.questions:
+        answering = answer_loss(trainee, step, rows, stacked)
+        loss, parts["answers"] = loss + answering, answering.item()
+    if step.captions:
+        pictures, captions = vectors(trainee, step, rows, stacked)
+        similar = _SCALE * pictures @ captions.T
+        pairs = torch.arange(len(similar), device=trainee.device)
+        matching = (functional.cross_entropy(similar, pairs) + functional.cross_entropy(similar.T, pairs)) / 2
+        loss, parts["matching"] = loss + matching, matching.item()
+    return loss, parts
+
+
+def answer_loss(trainee: Trainee, step: Step, rows: Tensor, stacked: list[Tensor]) -> Tensor:
+    """Give the mean loss over the answers' tokens."""
+    batch = collate(step.questions, step.counts, trainee.maker.image_token)
+    hidden = read(trainee.network.model.language_model, batch, rows, stacked)
     logits = trainee.network.lm_head(hidden[batch.target_places.to(trainee.device)])
     each = functional.cross_entropy(logits, batch.targets.to(trainee.device), reduction="none")
     weights = batch.target_weights.to(trainee.device)
-    answering = (each * weights).sum() / weights.sum()
-    pictures, captions = vectors(trainee, step, rows, stacked)
-    similar = _SCALE * pictures @ captions.T
-    pairs = torch.arange(len(similar), device=trainee.device)
-    matching = (functional.cross_entropy(similar, pairs) + functional.cross_entropy(similar.T, pairs)) / 2
-    parts = {"answers": answering.item(), "matching": matching.item(), "seeing": seeing.item()}
-    return answering + 0.25 * matching + 0.2 * seeing, parts
+    return (each * weights).sum() / weights.sum()
 
 
 def vectors(trainee: Trainee, step: Step, rows: Tensor, stacked: list[Tensor]) -> tuple[Tensor, Tensor]:
@@ -237,14 +250,11 @@ def vectors(trainee: Trainee, step: Step, rows: Tensor, stacked: list[Tensor]) -
 def train_all(trainee: Trainee, plan: Plan, after_step: Callable[[str], None]) -> None:
     """Stage 2."""
     while trainee.step < plan.steps:
-        step = make_step(
-            random.Random(_name(plan, "all", trainee.step)),
-            trainee.maker,
-            scenes=plan.scenes,
-            twins=plan.twins,
-            pairs=plan.pairs,
-            budget=plan.budget,
-        )
+        rng = random.Random(_name(plan, "all", trainee.step))
+        if trainee.step % plan.match_every:
+            step = make_questions(rng, trainee.maker, scenes=plan.scenes, pairs=plan.pairs, budget=plan.budget)
+        else:
+            step = make_pairs(rng, trainee.maker, scenes=plan.matched)
         loss, parts = step_loss(trainee, step)
         left = (plan.steps - trainee.step) / plan.decay
         trainee.learn(loss, plan.rate * min(1.0, (trainee.step + 1) / plan.warm_up, left))
@@ -258,17 +268,17 @@ def held_out(trainee: Trainee, *, seed: str = "held out", rounds: int = 2) -> st
     right: dict[str, list[bool]] = defaultdict(list)
     found: list[bool] = []
     for number in range(rounds):
-        step = make_step(random.Random(f"{seed} {number}"), trainee.maker, scenes=32, twins=32, pairs=16, budget=160)
+        rng = random.Random(f"{seed} {number}")
         with torch.no_grad():
-            found += _score_step(trainee, step, right)
+            _score_answers(trainee, make_questions(rng, trainee.maker, scenes=32, pairs=16, budget=160), right)
+            found += _score_pairs(trainee, make_pairs(rng, trainee.maker, scenes=32))
     trainee.network.train()
     everything = [one for task in right.values() for one in task]
     shares = " ".join(f"{task} {sum(one) / len(one):.3f}" for task, one in right.items())
     return f"right {sum(everything) / len(everything):.3f} recall {sum(found) / len(found):.3f} | {shares}"
 
 
-def _score_step(trainee: Trainee, step: Step, right: dict[str, list[bool]]) -> list[bool]:
-    """Count the right answers of a step by task, and give which pictures and captions found each other."""
+def _score_answers(trainee: Trainee, step: Step, right: dict[str, list[bool]]) -> None:
     rows, stacked = tower_rows(trainee.network.model.visual, step.pictures)
     batch = collate(step.questions, step.counts, trainee.maker.image_token)
     hidden = read(trainee.network.model.language_model, batch, rows, stacked)
@@ -277,7 +287,11 @@ def _score_step(trainee: Trainee, step: Step, right: dict[str, list[bool]]) -> l
     for index, sequence in enumerate(step.questions):
         for task, start, stop in sequence.questions:
             right[task].append(bool((told[index, start - 1 : stop - 1] == batch.tokens[index, start:stop]).all()))
-    pictures, captions = vectors(trainee, step, rows, stacked)
+
+
+def _score_pairs(trainee: Trainee, step: Step) -> list[bool]:
+    """Give which captions found their picture, and which pictures their caption."""
+    pictures, captions = vectors(trainee, step, *tower_rows(trainee.network.model.visual, step.pictures))
     similar = (pictures @ captions.T).cpu()
     pairs = torch.arange(len(similar))
     return [*(similar.argmax(0) == pairs).tolist(), *(similar.argmax(1) == pairs).tolist()]

@@ -32,7 +32,7 @@ from .scene import (
 )
 from .task import Question, ask, ask_blind, ask_pair, caption
 
-__all__ = ["N_KINDS", "Step", "TowerBatch", "make_step", "make_tower_batch", "row_labels"]
+__all__ = ["N_KINDS", "Step", "TowerBatch", "make_pairs", "make_questions", "make_tower_batch", "row_labels"]
 
 # What the throw-away heads tell of each row: which shape or word lies there, its colour and its size, which place it is
 # and on which background; 0 is none. The text model can read of a row only what the tower put there.
@@ -107,31 +107,40 @@ def make_tower_batch(rng: random.Random, size: int, *, aligned: bool, crowded: b
     return TowerBatch(np.stack([fitted(*one) for one in made]), np.concatenate(labels))
 
 
-def make_step(rng: random.Random, maker: PromptMaker, *, scenes: int, twins: int, pairs: int, budget: int) -> Step:
-    """Make a step: every scene is asked about until its sequence has `budget` tokens, `twins` of them have a twin.
-
-    Scenes and twins are matched with their captions; `pairs` of pictures are compared.
-    """
-    made = Step()
-    grids = [random_grid(rng) for _ in range(3)]
-    all_scenes = [make_scene(rng, grid=rng.choice(grids)) for _ in range(scenes)]
-    made.questions = [_questions(rng, maker, scene, number, budget) for number, scene in enumerate(all_scenes)]
-    all_scenes += [make_twin(rng, scene) for scene in all_scenes[:twins]]
-    made.pictures = [fitted(scene) for scene in all_scenes]
-    made.labels = [
-        row_labels(scene, grid_of(picture)) for scene, picture in zip(all_scenes, made.pictures, strict=True)
-    ]
+def make_questions(rng: random.Random, maker: PromptMaker, *, scenes: int, pairs: int, budget: int) -> Step:
+    """Ask about every scene until its sequence has `budget` tokens, about `pairs` of scenes, and about no picture."""
+    all_scenes = _some(rng, scenes)
+    asked = [_questions(rng, maker, scene, number, budget) for number, scene in enumerate(all_scenes)]
+    made = _seen(all_scenes)
     for pair in range(pairs):
-        made.questions.append(_pair(rng, maker, all_scenes, made.pictures, inline=pair % 2 == 0, budget=budget))
-    made.questions.append(maker.ask([ask_blind(rng) for _ in range(4)], []))
-    told: set[str] = set()
-    for number, (scene, picture) in enumerate(zip(all_scenes, made.pictures, strict=True)):
-        text = caption(scene)
-        if text not in told:  # an equal caption would be a right answer counted as wrong
-            told.add(text)
-            made.captions.append(maker.embed(text))
-            made.seen.append(maker.embed((number, grid_of(picture))))
+        asked.append(_pair(rng, maker, all_scenes, made.pictures, inline=pair % 2 == 0, budget=budget))
+    made.questions = [*asked, maker.ask([ask_blind(rng) for _ in range(2)], [])]
     return made
+
+
+def make_pairs(rng: random.Random, maker: PromptMaker, *, scenes: int) -> Step:
+    """Pair scenes and their twins, each of which differs in one attribute, with captions."""
+    all_scenes = _some(rng, scenes)
+    all_scenes += [make_twin(rng, scene) for scene in all_scenes]
+    # An equal caption would be a right answer counted as wrong.
+    all_scenes = list({caption(scene): scene for scene in all_scenes}.values())
+    made = _seen(all_scenes)
+    for number, (scene, picture) in enumerate(zip(all_scenes, made.pictures, strict=True)):
+        made.captions.append(maker.embed(caption(scene)))
+        made.seen.append(maker.embed((number, grid_of(picture))))
+    return made
+
+
+def _some(rng: random.Random, count: int) -> list[Scene]:
+    """Make scenes of at most three grids, since pictures of one size go through the tower together."""
+    grids = [random_grid(rng) for _ in range(3)]
+    return [make_scene(rng, grid=rng.choice(grids)) for _ in range(count)]
+
+
+def _seen(scenes: Sequence[Scene]) -> Step:
+    pictures = [fitted(scene) for scene in scenes]
+    labels = [row_labels(scene, grid_of(picture)) for scene, picture in zip(scenes, pictures, strict=True)]
+    return Step(pictures=pictures, labels=labels)
 
 
 def _questions(rng: random.Random, maker: PromptMaker, scene: Scene, number: int, budget: int) -> TokenSequence:
