@@ -1,12 +1,21 @@
 """What several test modules share: model pairs made on the spot, once a session."""
 
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from lookonce.synthetic.pair import make_pair
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _hear_interrupts() -> Iterator[None]:
+    """A shell has what it starts in the background ignore Ctrl-C, and so would every program that a test starts."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 @pytest.fixture(scope="session", autouse=True)
