@@ -3,7 +3,7 @@
 The only module here that needs torch. Knows nothing of GGUF or the Lookonce library.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,10 +20,10 @@ from lookonce.synthetic.template import CHAT_TEMPLATES
 from lookonce.synthetic.vocabulary import Vocabulary
 from lookonce.synthetic.weight import Weights
 
-__all__ = ["Evaluation", "Reference"]
+__all__ = ["QWEN_SPLIT", "Evaluation", "Reference", "make_fresh_network", "make_network", "make_tokenizer"]
 
 # Qwen2TokenizerFast's own pattern, from tokenizer.json of both families.
-_SPLIT = (
+QWEN_SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 _PROCESSOR = {
@@ -55,9 +55,9 @@ class Reference:
     def __init__(self, shape: Shape, weights: Weights, vocabulary: Vocabulary) -> None:
         self._shape = shape
         self._image_token = vocabulary.id_of("<|image_pad|>")
-        self.tokenizer = _tokenizer(shape.family, vocabulary)
+        self.tokenizer = make_tokenizer(shape.family, vocabulary)
         self.processor = Qwen2VLImageProcessorPil(**_PROCESSOR[shape.family], resample=Image.Resampling.BICUBIC)
-        self.model = _model(shape, weights, vocabulary)
+        self.model = make_network(shape, weights, vocabulary)
 
     def preprocess(self, picture: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.float32], tuple[int, int]]:
         """Give a picture's pixels after resizing, its flat patches, and its grid of merged tokens (rows, columns)."""
@@ -154,14 +154,15 @@ class Reference:
         return inputs
 
 
-def _tokenizer(family: str, vocabulary: Vocabulary) -> transformers.PreTrainedTokenizerFast:
+def make_tokenizer(family: str, vocabulary: Vocabulary) -> transformers.PreTrainedTokenizerFast:
+    """Give transformers' tokenizer over a vocabulary, with the family's pre-tokenizer and chat template."""
     added = vocabulary.control | vocabulary.user_defined
     regular = {token: index for index, token in enumerate(vocabulary.tokens) if index not in added | vocabulary.unused}
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=regular, merges=list(vocabulary.merges)))
     backend.normalizer = tokenizers.normalizers.NFC()
     backend.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
         [
-            tokenizers.pre_tokenizers.Split(tokenizers.Regex(_SPLIT), behavior="isolated"),
+            tokenizers.pre_tokenizers.Split(tokenizers.Regex(QWEN_SPLIT), behavior="isolated"),
             tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
@@ -174,7 +175,22 @@ def _tokenizer(family: str, vocabulary: Vocabulary) -> transformers.PreTrainedTo
     return made
 
 
-def _model(shape: Shape, weights: Weights, vocabulary: Vocabulary) -> Any:
+def make_network(shape: Shape, weights: Mapping[str, NDArray[np.float32]], vocabulary: Vocabulary) -> Any:
+    """Give transformers' model of a shape with those weights, in F32, ready to be evaluated."""
+    model = make_fresh_network(shape, vocabulary).eval()
+    missing, unexpected = model.load_state_dict(
+        {name: torch.from_numpy(weights[name]) for name in weights}, strict=False
+    )
+    allowed = {"lm_head.weight"} if shape.text.tied else set()
+    if set(missing) - allowed or unexpected:
+        raise RuntimeError(f"the weights do not fit transformers' model: missing {missing}, unexpected {unexpected}")
+    if shape.text.tied:
+        model.tie_weights()
+    return model
+
+
+def make_fresh_network(shape: Shape, vocabulary: Vocabulary) -> Any:
+    """Give transformers' model of a shape in F32, its weights as transformers draws them from torch's generator."""
     text, vision = shape.text, shape.vision
     rope: dict[str, Any] = {
         "rope_type": "default",
@@ -227,13 +243,4 @@ def _model(shape: Shape, weights: Weights, vocabulary: Vocabulary) -> Any:
         tie_word_embeddings=text.tied,
     )
     config._attn_implementation = "sdpa"
-    model = model_class(config).to(torch.float32).eval()
-    missing, unexpected = model.load_state_dict(
-        {name: torch.from_numpy(weights[name]) for name in weights}, strict=False
-    )
-    allowed = {"lm_head.weight"} if text.tied else set()
-    if set(missing) - allowed or unexpected:
-        raise RuntimeError(f"the weights do not fit transformers' model: missing {missing}, unexpected {unexpected}")
-    if text.tied:
-        model.tie_weights()
-    return model
+    return model_class(config).to(torch.float32)

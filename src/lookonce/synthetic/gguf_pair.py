@@ -17,7 +17,7 @@ from lookonce.gguf_type import FILE_TYPES, converter_type, encode
 from lookonce.synthetic.shape import Shape
 from lookonce.synthetic.template import CHAT_TEMPLATES
 from lookonce.synthetic.vocabulary import Vocabulary
-from lookonce.synthetic.weight import Weights
+from lookonce.synthetic.weight import NamedWeights
 
 __all__ = ["write_projector", "write_text"]
 
@@ -69,7 +69,9 @@ class _Tensor:
     make: Callable[[], NDArray[np.float32]]
 
 
-def write_text(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabulary, *, type: str, name: str) -> None:
+def write_text(
+    path: Path, shape: Shape, weights: NamedWeights, vocabulary: Vocabulary, *, type: str, name: str
+) -> None:
     """Write the text model to `path`, whole or not at all."""
     arch = "qwen3vl" if shape.family == "qwen3vl" else "qwen2vl"
     tensors = [
@@ -86,7 +88,7 @@ def write_text(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabular
     _write(path, tensors, describe, arch=arch, type=type, name=name)
 
 
-def write_projector(path: Path, shape: Shape, weights: Weights, *, type: str, name: str) -> None:
+def write_projector(path: Path, shape: Shape, weights: NamedWeights, *, type: str, name: str) -> None:
     """Write the projector file to `path`, whole or not at all."""
     tensors = [
         tensor for key in weights if key.startswith("model.visual.") for tensor in _vision_tensors(key, shape, weights)
@@ -174,7 +176,7 @@ def _ggml_name(key: str, shape: Shape) -> str:
     return f"v.blk.{index}.{_VISION_NAMES[name]}.{ending}"
 
 
-def _vision_tensors(key: str, shape: Shape, weights: Weights) -> Iterator[_Tensor]:
+def _vision_tensors(key: str, shape: Shape, weights: NamedWeights) -> Iterator[_Tensor]:
     """Give the tensors of the file that one of the state dict becomes: two convolutions, or q, k and v."""
     name, whole = _ggml_name(key, shape), weights.shape_of(key)
     if key.endswith("patch_embed.proj.weight"):

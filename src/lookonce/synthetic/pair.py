@@ -9,7 +9,7 @@ from lookonce.gguf_type import FILE_TYPES
 from lookonce.synthetic.gguf_pair import write_projector, write_text
 from lookonce.synthetic.shape import FAMILIES, Shape, find_shape
 from lookonce.synthetic.vocabulary import Vocabulary, build_vocabulary
-from lookonce.synthetic.weight import Weights
+from lookonce.synthetic.weight import NamedWeights, Weights
 
 __all__ = ["TEXT_TYPES", "find_pair", "make_pair", "make_weights", "needed_bytes", "write_pair"]
 
@@ -70,7 +70,7 @@ def write_pair(
     text: Path,
     projector: Path,
     sizes: Shape,
-    weights: Weights,
+    weights: NamedWeights,
     vocabulary: Vocabulary,
     *,
     type: str,
@@ -98,7 +98,7 @@ def _paths(folder: Path, family: str, shape: str, seed: int, types: tuple[str, s
     return folder / f"{stem}-{types[0]}.gguf", folder / f"mmproj-{stem}-{types[1]}.gguf"
 
 
-def _write_quantized(path: Path, shape: Shape, weights: Weights, vocabulary: Vocabulary, name: str) -> None:
+def _write_quantized(path: Path, shape: Shape, weights: NamedWeights, vocabulary: Vocabulary, name: str) -> None:
     """Write a Q4_K_M file through libllama's own quantizer."""
     from lookonce.native.quantizer import quantize
 

@@ -76,6 +76,13 @@ _SHAPES = (
         TextShape(256, 4, 8, 2, 64, 512, (12, 10, 10), 5e6, 512, 32_768, tied=False),
         VisionShape(128, 4, 2, 512, 16, 256, (0, 2), 256),
     ),
+    # What train_demo_model.py trains.
+    Shape(
+        "qwen3vl",
+        "demo",
+        TextShape(256, 4, 4, 2, 64, 768, (12, 10, 10), 1e4, 560, 8192, tied=True),
+        VisionShape(128, 4, 2, 512, 16, 256, (0, 1, 2), 256),
+    ),
     Shape("qwen3vl", "2b", _qwen3_text(2048, 28, 16, 6144, tied=True), _QWEN3_SMALL_TOWER),
     Shape("qwen3vl", "4b", _qwen3_text(2560, 36, 32, 9728, tied=True), _QWEN3_SMALL_TOWER),
     Shape("qwen3vl", "8b", _qwen3_text(4096, 36, 32, 12288, tied=False), _QWEN3_LARGE_TOWER),

@@ -63,13 +63,17 @@ def byte_alphabet() -> dict[int, str]:
     }
 
 
-def build_vocabulary(family: str, size: int) -> Vocabulary:
-    """Build a vocabulary of exactly `size` ids for a family; the same ids for the same arguments."""
+def build_vocabulary(family: str, size: int, merges: tuple[tuple[str, str], ...] | None = None) -> Vocabulary:
+    """Build a vocabulary of exactly `size` ids for a family; the same ids for the same arguments.
+
+    `merges` are trained ones, in place of those of common words; ids that they leave over are unused.
+    """
     added = [_CONTROL, _TOOL, _FILL_IN_MIDDLE, *([_QWEN3] if family == "qwen3vl" else [])]
     specials = " ".join(added).split()
     n_regular = _FIRST_SPECIAL_ID if size > _FIRST_SPECIAL_ID else size - len(specials)
     alphabet = list(byte_alphabet().values())
-    merges = _merges(n_regular - len(alphabet), alphabet)
+    merges = _merges(n_regular - len(alphabet), alphabet) if merges is None else merges
+    n_regular = len(alphabet) + len(merges) if n_regular != _FIRST_SPECIAL_ID else n_regular
     tokens = [*alphabet, *(first + second for first, second in merges), *specials]
     control = {n_regular + place for place, token in enumerate(specials) if token.startswith("<|")}
     unused = range(len(tokens), size)

@@ -8,13 +8,47 @@ import math
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.synthetic.shape import Shape, TextShape, VisionShape
 
-__all__ = ["Weights"]
+__all__ = ["NamedWeights", "TrainedWeights", "Weights"]
+
+
+class NamedWeights(Protocol):
+    """All weights of one model by transformers' state-dict names, random or trained."""
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, in the order in which they are written."""
+
+    def __getitem__(self, name: str, /) -> NDArray[np.float32]:
+        """One tensor's values."""
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """One tensor's shape."""
+
+
+class TrainedWeights(Mapping[str, NDArray[np.float32]]):
+    """Weights that are at hand. A tied LM head, which is the embeddings once more, must not be among them."""
+
+    def __init__(self, weights: Mapping[str, NDArray[np.float32]]) -> None:
+        self._weights = dict(weights)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._weights)
+
+    def __len__(self) -> int:
+        return len(self._weights)
+
+    def __getitem__(self, name: str) -> NDArray[np.float32]:
+        return self._weights[name]
+
+    def shape_of(self, name: str) -> tuple[int, ...]:
+        """Give the shape of a tensor."""
+        return self._weights[name].shape
 
 
 @dataclass(frozen=True, slots=True)
