@@ -43,8 +43,8 @@ _COUNTS = (1, 4, 3, 2)
 
 # How often each task is asked; what is harder comes more often.
 _TASK_WEIGHTS = {
-    **{"describe": 1.6, "colour": 1.2, "shape": 1.2, "place": 1.2, "size": 1.0, "count": 1.4, "yes/no": 1.4},
-    **{"word": 2.0, "follow-up": 1.6},
+    **{"describe": 1.4, "colour": 2.0, "shape": 1.2, "place": 2.2, "size": 1.2, "count": 1.2, "yes/no": 1.2},
+    **{"word": 1.5, "follow-up": 1.6},
 }
 
 
