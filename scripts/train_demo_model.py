@@ -34,6 +34,8 @@ from lookonce.synthetic.vocabulary import Vocabulary
 from parity_reference import make_fresh_network, make_tokenizer
 
 _SCALE = 20.0
+_HEAD_SCALE = 12.0
+_TOWER_SHARE = 0.3  # of the rate in stage 2: what the text model reads must not change faster than it learns to read
 _CHECKPOINT = "checkpoint.pt"
 
 
@@ -53,7 +55,8 @@ class Plan:
     steps: int = 3000
     decay: int = 800
     warm_up: int = 100
-    rate: float = 1e-3
+    tower_rate: float = 1e-3
+    rate: float = 6e-4
     scenes: int = 8
     pairs: int = 2
     budget: int = 130
@@ -112,8 +115,12 @@ class Trainee:
 
     def _make_optimizer(self) -> None:
         visual = self.network.model.visual
-        learned = [*(visual if self.stage == 1 else self.network).parameters(), *self.heads.parameters()]
-        self.optimizer = torch.optim.AdamW(learned, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
+        rest = [*self.heads.parameters()] if self.stage == 1 else [*self.network.model.language_model.parameters()]
+        groups = [
+            {"params": [*visual.parameters()], "share": 1.0 if self.stage == 1 else _TOWER_SHARE},
+            {"params": rest if self.stage == 1 else [*rest, *self.heads.parameters()], "share": 1.0},
+        ]
+        self.optimizer = torch.optim.AdamW(groups, lr=1e-3, betas=(0.9, 0.98), weight_decay=0.01, fused=True)
 
     def save(self, path: Path) -> None:
         """Write a checkpoint, whole or not at all."""
@@ -145,7 +152,7 @@ class Trainee:
     def learn(self, loss: Tensor, rate: float) -> None:
         """Make one step of the optimiser, on the mean of all workers' gradients."""
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["share"]
         loss.backward()
         learned = [one for group in self.optimizer.param_groups for one in group["params"] if one.grad is not None]
         if distributed.is_initialized():
@@ -173,10 +180,14 @@ def _name(plan: Plan, stage: str, step: int) -> str:
 
 
 def tower_loss(trainee: Trainee, rows: Tensor, labels: Tensor) -> tuple[Tensor, list[float]]:
-    """Give the heads' loss over rows, and the share of rows with something in them that each head tells rightly."""
+    """Give the heads' loss over rows, and the share of rows with something in them that each head tells rightly.
+
+    Heads tell by angle alone: each attribute must stand out in a row, or attention finds it only after long training.
+    """
     losses, shares = [], []
+    directions = functional.normalize(rows, dim=-1)
     for index, head in enumerate(trainee.heads):
-        logits = head(rows)
+        logits = _HEAD_SCALE * functional.linear(directions, functional.normalize(head.weight, dim=-1))
         losses.append(functional.cross_entropy(logits, labels[:, index]))
         filled = labels[:, index] > 0
         shares.append((logits.argmax(-1) == labels[:, index])[filled].float().mean().item())
@@ -195,7 +206,7 @@ def train_tower(trainee: Trainee, plan: Plan, after_step: Callable[[str], None])
         rows, _ = look(trainee.network.model.visual, batch.pixels)
         loss, shares = tower_loss(trainee, rows, torch.from_numpy(batch.labels).to(trainee.device))
         left = 1 - trainee.step / plan.tower_steps
-        trainee.learn(loss, plan.rate * min(1.0, (trainee.step + 1) / 50, 4 * left + 0.02))
+        trainee.learn(loss, plan.tower_rate * min(1.0, (trainee.step + 1) / 50, 4 * left + 0.02))
         trainee.step += 1
         told = " ".join(
             f"{name} {share:.3f}"

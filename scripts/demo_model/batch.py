@@ -38,10 +38,13 @@ __all__ = ["N_KINDS", "Step", "TowerBatch", "make_pairs", "make_questions", "mak
 # and on which background; 0 is none. The text model can read of a row only what the tower put there.
 N_KINDS = (1 + len(SHAPES) + len(WORDS), 1 + len(COLOURS), 1 + len(SIZES), 1 + len(PLACES), 1 + len(BACKGROUNDS))
 
+# How often scenes have one to four shapes: of one alone nothing is learned about which colour belongs to which shape.
+_COUNTS = (1, 4, 3, 2)
+
 # How often each task is asked; what is harder comes more often.
 _TASK_WEIGHTS = {
-    **{"describe": 1.6, "colour": 1.2, "shape": 1.2, "place": 1.2, "size": 1.0, "count": 1.4, "yes/no": 1.4},
-    **{"word": 2.0, "follow-up": 1.6},
+    **{"describe": 1.4, "colour": 2.0, "shape": 1.2, "place": 2.2, "size": 1.2, "count": 1.2, "yes/no": 1.2},
+    **{"word": 1.5, "follow-up": 1.6},
 }
 
 
@@ -134,7 +137,7 @@ def make_pairs(rng: random.Random, maker: PromptMaker, *, scenes: int) -> Step:
 def _some(rng: random.Random, count: int) -> list[Scene]:
     """Make scenes of at most three grids, since pictures of one size go through the tower together."""
     grids = [random_grid(rng) for _ in range(3)]
-    return [make_scene(rng, grid=rng.choice(grids)) for _ in range(count)]
+    return [make_scene(rng, grid=rng.choice(grids), counts=_COUNTS) for _ in range(count)]
 
 
 def _seen(scenes: Sequence[Scene]) -> Step:
