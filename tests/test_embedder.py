@@ -26,6 +26,7 @@ from lookonce.native import text
 from lookonce.native.hidden import HiddenContext
 from lookonce.native.vision import VisionTower
 from lookonce.prompt import RowRun, TokenRun
+from lookonce.states import StateRunner
 
 Pair = tuple[Path, Path]
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attention": False, "threads": 1, "store": False}
@@ -258,11 +259,13 @@ def test_a_cut_vector_is_the_beginning_normalised_again(model: Model, embedder: 
     assert Embedder(model, dimension=1).embed_batch(TEXTS).shape == (6, 1)
 
 
-def test_a_pca_is_applied_before_the_cut_and_the_norm_and_can_be_saved(model: Model, tmp_path: Path) -> None:
-    raw = Embedder(model, normalize=False).embed_batch(TEXTS)
+def test_a_pca_is_applied_to_the_embedders_own_vectors_before_the_cut_and_can_be_saved(
+    model: Model, tmp_path: Path
+) -> None:
+    own = Embedder(model).embed_batch(TEXTS)
     draw = np.random.default_rng(0)
-    pca = SimpleNamespace(mean_=raw.mean(axis=0), components_=draw.standard_normal((5, WIDTH)))
-    projected = (raw - pca.mean_) @ pca.components_.T
+    pca = SimpleNamespace(mean_=own.mean(axis=0), components_=draw.standard_normal((5, WIDTH)))
+    projected = (own - pca.mean_) @ pca.components_.T
     expected = projected[:, :3] / np.linalg.norm(projected[:, :3], axis=1, keepdims=True)
     fitted = Embedder(model, pca=pca, dimension=3)
     assert Embedder(model, pca=pca).dimension == 5
@@ -278,6 +281,20 @@ def test_a_pca_that_scikit_learn_fitted_is_taken(model: Model) -> None:
     fitted = decomposition.PCA(3).fit(raw)
     found = Embedder(model, pca=fitted, normalize=False).embed_batch(TEXTS)
     assert found == pytest.approx(fitted.transform(raw), abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("mean", "components", "message"),
+    [
+        ("x", "y", "the PCA's mean or components are no numbers"),
+        (np.zeros(WIDTH), np.zeros((0, WIDTH)), r"components of \(0, 256\), but the model's vectors have 256 values"),
+        (np.zeros(WIDTH), np.zeros(WIDTH), r"components of \(256,\)"),
+        (np.zeros(8), np.zeros((3, 8)), r"has a mean of shape \(8,\)"),
+    ],
+)
+def test_a_pca_of_another_form_is_refused(model: Model, mean: Any, components: Any, message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        Embedder(model, pca=SimpleNamespace(mean_=mean, components_=components))
 
 
 # --- sentence-transformers' shape
@@ -368,6 +385,39 @@ def test_many_pictures_are_not_held_in_memory_together(model: Model, monkeypatch
         assert min(map(cosine, vectors[1:], [embedder.embed_image(look) for look in looks])) > 0.99999
 
 
+def test_pictures_that_come_again_stand_side_by_side_whatever_their_texts(
+    own: Model, runs: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lookonce.embedder._ROWS_AT_ONCE", 8)  # no two looks are held
+    pictures = [make_picture(seed) for seed in range(3)]
+    items: list[Any] = [{"text": "long " * n, "image": picture} for n in (1, 9) for picture in pictures]
+    with Embedder(own) as embedder:
+        vectors = embedder.embed_batch(items)
+        assert len(runs) == 3
+        alone = [embedder.embed_multimodal(item["text"], item["image"]) for item in items]
+    assert min(map(cosine, vectors, alone)) > 0.99999
+
+
+def test_pooling_of_all_tokens_holds_only_so_many_states(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lookonce.embedder._STATES_AT_ONCE", 100)
+    held: list[int] = []
+    real = StateRunner.run
+
+    def counting(runner: StateRunner, prompts: Any, wanted: Any) -> Any:
+        held.append(sum(int(flags.sum()) for flags in wanted))
+        return real(runner, prompts, wanted)
+
+    monkeypatch.setattr(StateRunner, "run", counting)
+    found = Embedder(model, pooling="mean").embed_batch(TEXTS)
+    assert len(held) > 1
+    assert max(held) < 100 + 80  # the text that went beyond
+    held.clear()
+    Embedder(model).embed_batch(TEXTS)
+    assert held == [len(TEXTS)]
+    monkeypatch.undo()
+    assert min(map(cosine, found, Embedder(model, pooling="mean").embed_batch(TEXTS))) > 0.99999
+
+
 # --- texts that do not fit
 
 
@@ -441,6 +491,10 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "dimension in words": ({"dimension": "64"}, "dimension is '64'"),
     "empty instruction": ({"instruction": " "}, "instruction is empty"),
     "instruction of another type": ({"instruction": 3}, "instruction is a int"),
+    "pooling that is an array": ({"pooling": np.zeros(2)}, "pooling is array"),
+    "tokens that are an array": ({"tokens": np.zeros(2)}, "tokens is array"),
+    "limits the wrong way round": ({"min_pixels": 10_000, "max_pixels": 5_000}, "min_pixels"),
+    "a negative limit": ({"min_pixels": -1}, "min_pixels"),
     "pca": ({"pca": object()}, "give a fitted scikit-learn PCA"),
     "pca file": ({"pca": "missing.npz"}, "is no saved PCA"),
 }

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = ["EMBED_EPILOG", "EXTRACT_EPILOG", "embed", "extract"]
 
+_LOAD_OPTIONS = ("n_ctx", "kv_type", "flash_attention", "no_flash_attention", "device", "n_gpu_layers")
 _CARD_OPTIONS: Final = ("pooling", "instruction", "prompt", "min_pixels", "max_pixels", "n_ctx")
 
 EMBED_EPILOG = f"""[dim]lookonce embed "a cat" "a dog" -i cat.jpg --model qwen3-vl-2b-instruct
@@ -153,8 +154,8 @@ def _dependencies(load: ModelOptions, pixels: PixelOptions, vectors: VectorOptio
     if files.card is not None:
         facts |= {f"card's {name}": getattr(files.card, name) for name in _CARD_OPTIONS}
     facts["pca"] = None if vectors.pca is None else hash_files([vectors.pca])
-    facts |= {name: getattr(load, name) for name in ("n_ctx", "kv_type", "flash_attention", "no_flash_attention")}
-    return facts | {"llama-cpp-python": importlib.metadata.version("llama-cpp-python")}
+    facts |= {name: getattr(load, name) for name in _LOAD_OPTIONS}
+    return facts | {name: importlib.metadata.version(name) for name in ("lookonce", "llama-cpp-python", "pillow")}
 
 
 @gather

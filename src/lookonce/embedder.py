@@ -48,6 +48,7 @@ PooledTokens = Literal["all", "text", "image"]
 DEFAULT_INSTRUCTION: Final = "Represent the user's input."
 _REMEDY: Final = "shorten the text, or make the embedder with truncate=True"
 _NAMED_CHARACTERS: Final = 40  # of a text, to tell it from others
+_STATES_AT_ONCE: Final = 16_384  # hidden states in memory before they are pooled: 128 MB for a model of 2 B
 _ROWS_AT_ONCE: Final = 4096  # image rows in memory before they are evaluated: 64 MB for a model of 2 B
 
 
@@ -69,7 +70,8 @@ class Embedder:
         an instruction if one is given; None is the card's, else `chat`.
     min_pixels, max_pixels: as `Model.look` takes them.
     truncate: cut a text that does not fit the context, with a warning in the log, where otherwise it is an error.
-    pca: a fitted scikit-learn PCA, or a file that `save_pca` wrote, applied before `dimension`.
+    pca: a scikit-learn PCA, or a file that `save_pca` wrote, fitted on what this embedder gives without it (and without
+        `dimension`), normalised or not; what it gives is cut, and normalised again.
 
     Raises InputError for an option that the model cannot serve. The memory of its context, as large as the work so
     far needed, is given back by `close` or at the end of a `with` block, and with the model's.
@@ -113,8 +115,10 @@ class Embedder:
         self._instruction = checked_instruction(instruction)
         self._style = prompt
         self._look_options = LookOptions(min_pixels, max_pixels)
+        self._engine.looker.check_options(self._look_options)
         self._truncate = truncate
-        self._runner = StateRunner(self._engine, layer, one_each=pooling in ("last", "cls"))
+        self._one_each = self._pooling in ("last", "cls")
+        self._runner = StateRunner(self._engine, layer, one_each=self._one_each)
 
     @property
     def model_name(self) -> str:
@@ -255,17 +259,21 @@ class Embedder:
         return normalize(vectors) if (self._normalize if normalized is None else normalized) else vectors
 
     def _batches(self, wanted: Sequence[WantedItem], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
-        """Places and prompts of what is evaluated together: texts before pictures, texts of one length side by side."""
-        order = sorted(range(len(wanted)), key=lambda place: (bool(wanted[place].pictures), -len(wanted[place].text)))
+        """Places and prompts of what is evaluated together."""
         looks = _CallLooks(self._engine, self._look_options)
         places: list[int] = []
         prompts: list[Prompt] = []
-        for place in order:
+        n_rows = n_states = 0
+        for place in _order(wanted):
+            prompt = self._prompt(wanted[place], looks)
             places.append(place)
-            prompts.append(self._prompt(wanted[place], looks))
-            if len(prompts) == batch_size or sum(prompt.n_rows for prompt in prompts) >= _ROWS_AT_ONCE:
+            prompts.append(prompt)
+            n_rows += prompt.n_rows
+            n_states += 1 if self._one_each else prompt.n_tokens + prompt.n_rows
+            if len(prompts) == batch_size or n_rows >= _ROWS_AT_ONCE or n_states >= _STATES_AT_ONCE:
                 yield places, prompts
                 places, prompts = [], []
+                n_rows = n_states = 0
         if prompts:
             yield places, prompts
 
@@ -273,7 +281,9 @@ class Embedder:
         """Vectors of prompts, as long as `dimension` and not normalised."""
         states = self._runner.run(prompts, [self._flags(prompt) for prompt in prompts])
         pooled = np.stack([pool(one, self._pooling) for one in states])
-        return cut(pooled if self._pca is None else self._pca.apply(pooled), self.dimension)
+        if self._pca is not None:
+            pooled = self._pca.apply(normalize(pooled) if self._normalize else pooled)
+        return cut(pooled, self.dimension)
 
     def _flags(self, prompt: Prompt) -> NDArray[np.bool_]:
         """Which cells of a prompt are evaluated for the pooling: all of the chosen kind, or the one that it takes."""
@@ -342,6 +352,21 @@ class Embedder:
         return self._engine.template.render(messages)
 
 
+def _order(wanted: Sequence[WantedItem]) -> list[int]:
+    """Places in the order of work: texts of one length side by side, then pictures, those of the same one likewise."""
+    first: dict[object, int] = {}
+
+    def rank(place: int) -> tuple[bool, int, int]:
+        item = wanted[place]
+        if not item.pictures:
+            return False, 0, -len(item.text)
+        picture = item.pictures[0]
+        name = str(picture) if isinstance(picture, str | PathLike) else id(picture)
+        return True, first.setdefault(name, place), -len(item.text)
+
+    return sorted(range(len(wanted)), key=rank)
+
+
 class _CallLooks:
     """The looks of one call: a picture that comes again, near enough to be held still, is not encoded again."""
 
@@ -373,5 +398,5 @@ def _ended(instruction: str) -> str:
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
-    if value not in choices:
+    if not isinstance(value, str) or value not in choices:
         raise InputError(f"{name} is {value!r}: choose one of {', '.join(choices)}")

@@ -177,6 +177,11 @@ class Looker:
         n_rows = 0 if rule is None else (height // rule.factor) * (width // rule.factor)
         return PendingLook(picture, self._key(picture, dtype, self._require_projector()), note, n_rows, dtype)
 
+    def check_options(self, options: LookOptions) -> None:
+        """Raise InputError for limits that the projector's family cannot meet; any will do where there is none."""
+        if self._projector is not None:
+            self._rule(self._projector, options)
+
     def _rule(self, projector: Projector, options: LookOptions) -> PixelRule | None:
         rule = projector.rule
         if rule is not None:

@@ -38,7 +38,7 @@ def normalize(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def check_pooling(pooling: str) -> Pooling:
     """Give `pooling` back. Raises InputError where it is unknown."""
     for known in POOLINGS:
-        if pooling == known:
+        if isinstance(pooling, str) and pooling == known:
             return known
     raise InputError(f"pooling is {pooling!r}: choose one of {', '.join(POOLINGS)}")
 

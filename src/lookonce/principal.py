@@ -30,9 +30,10 @@ class Principal:
             found = cls.load(pca)
         else:
             found = cls._of_estimator(pca)
-        if found.components.ndim != 2 or found.mean.shape != (width,) or found.components.shape[1] != width:
+        if found.mean.shape != (width,) or found.components.shape[1:] != (width,) or not len(found.components):
             raise InputError(
-                f"the PCA takes vectors of {found.mean.size}, but the model gives {width}: fit it anew on its vectors"
+                f"the PCA has a mean of shape {found.mean.shape} and components of {found.components.shape}, but the "
+                f"model's vectors have {width} values: fit it anew on them"
             )
         if not (np.isfinite(found.mean).all() and np.isfinite(found.components).all()):
             raise InputError("the PCA holds values that are not finite: fit it anew")
@@ -43,12 +44,15 @@ class Principal:
         mean, components = getattr(pca, "mean_", None), getattr(pca, "components_", None)
         if mean is None or components is None:
             raise InputError(f"pca is a {type(pca).__name__}: give a fitted scikit-learn PCA or a saved one's file")
-        components = np.asarray(components, dtype=np.float64)
+        try:
+            mean, components = np.asarray(mean, dtype=np.float32), np.asarray(components, dtype=np.float64)
+        except (TypeError, ValueError) as error:
+            raise InputError(f"the PCA's mean or components are no numbers ({error}): fit it anew") from error
         if getattr(pca, "whiten", False):
             # As scikit-learn divides: a variance of nearly nothing must not blow its component up.
             scale = np.sqrt(np.asarray(getattr(pca, "explained_variance_", 1.0), dtype=np.float64))
             components = components / np.maximum(scale, np.finfo(np.float64).eps).reshape(-1, 1)
-        return cls(np.asarray(mean, dtype=np.float32), components.astype(np.float32))
+        return cls(mean, components.astype(np.float32))
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Principal":

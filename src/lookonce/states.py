@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from lookonce.engine import Engine
 from lookonce.errors import ContextError
-from lookonce.native.hidden import HiddenContext
+from lookonce.native.hidden import FINAL_STATE, HiddenContext, layer_tensor
 from lookonce.native.text import BATCH_TOKENS
 from lookonce.pooling import check_finite
 from lookonce.prompt import Prompt, Run, TokenRun, Unit
@@ -74,6 +74,8 @@ class StateRunner:
     def __init__(self, engine: Engine, layer: int, *, one_each: bool = False) -> None:
         self._engine = engine
         self._layer = layer
+        # A middle layer's states are taken before llama.cpp picks its outputs: none is ever flagged.
+        one_each = one_each or layer_tensor(engine.text, layer)[1] != FINAL_STATE
         self._n_outputs = _SEQUENCES if one_each else BATCH_TOKENS
         self._context: HiddenContext | None = None
         self._beginning: _Beginning | None = None

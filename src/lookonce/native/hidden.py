@@ -80,6 +80,8 @@ class HiddenContext:
                 f"llama.cpp shows no {self._tensor} of {self._model.path.name}: its architecture gives no hidden states"
             )
         states = captured[-1].reshape(-1, width)
+        if len(states) != (np.count_nonzero(wanted) if self._drops_rows else len(wanted)):
+            raise NativeError(f"llama.cpp gave {len(states)} states of {self._tensor} for {len(wanted)} tokens or rows")
         return states if self._drops_rows else states[wanted]
 
     def copy(self, source: int, target: int) -> None:
