@@ -26,6 +26,8 @@ from score_demo_model import score_lookonce
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path(lookonce.__file__).resolve().parent / "data" / "demo"
 LIMITS = {"min_pixels": PIXEL_RULE.min_pixels, "max_pixels": PIXEL_RULE.max_pixels}
+# A little below what docs/demo-model.md records of the files in the wheel. A tower or a prompt gone wrong halves them.
+RIGHT, RIGHT_IN_EACH_TASK = 0.8, 0.5
 GREEDY = {"temperature": 0.0, "max_tokens": 80}
 
 STAR = Thing("star", "red", "large", "top left")
@@ -78,8 +80,8 @@ def test_it_answers_questions_of_every_task_about_held_out_scenes(model: lookonc
     entries, matching = make_exam("tests", 30), make_matching("tests", 32)
     marks, pictures, captions = score_lookonce(model, entries, matching)
     assert set(marks.by_task) == set(TASKS)
-    assert marks.overall >= 0.92, marks.by_task
-    assert min(marks.by_task.values()) >= 0.8, marks.by_task
+    assert marks.overall >= RIGHT, marks.by_task
+    assert min(marks.by_task.values()) >= RIGHT_IN_EACH_TASK, marks.by_task
     assert recall(pictures[:32], captions[:32]) >= 0.92
     assert recall(captions[:32], pictures[:32]) >= 0.92
     assert recall(pictures, captions) >= 0.8
@@ -99,7 +101,7 @@ def test_without_a_picture_it_says_that_there_is_none(model: lookonce.Model) -> 
 
 def test_a_large_photo_of_the_scene_gives_the_answers_of_a_small_one(model: lookonce.Model) -> None:
     for width, height in ((96, 96), (480, 320), (300, 300)):
-        assert answer(model, "Where is the star?", replace(ONE, width=width, height=height)) == "top left"
+        assert answer(model, "Describe the picture.", replace(ONE, width=width, height=height)) == caption(ONE)
 
 
 def test_a_saved_look_replayed_without_any_tower_gives_the_same_right_answers(
@@ -135,12 +137,11 @@ def test_questions_that_reuse_the_evaluated_picture_get_their_own_right_answers(
 
 
 def test_a_follow_up_is_about_what_the_first_question_named(model: lookonce.Model) -> None:
-    chat = model.chat([look(model, ONE)])
-    assert chat.ask("Where is the blue circle?", **GREEDY).text == "right"
-    assert chat.ask("And is it small or large?", **GREEDY).text == "small"
-    chat = model.chat([look(model, ONE)])
-    assert chat.ask("What colour is the circle?", **GREEDY).text == "blue"
-    assert chat.ask("And what is left of it?", **GREEDY).text == "a red star"
+    for thing in (STAR, CIRCLE):
+        chat = model.chat([look(model, ONE)])
+        assert chat.ask(f"Is there a {thing.colour} {thing.shape}?", **GREEDY).text == "yes"
+        assert chat.ask("And where is it?", **GREEDY).text == thing.place
+    assert STAR.place != CIRCLE.place
 
 
 def test_aliases_decide_which_picture_is_meant(model: lookonce.Model) -> None:
@@ -160,7 +161,7 @@ def test_each_of_two_pictures_can_be_asked_about(model: lookonce.Model) -> None:
 
 
 def test_pictures_before_the_text_stand_in_the_order_given(model: lookonce.Model) -> None:
-    question = "Which picture has a word, the first or the second?"
+    question = "Which picture has a green cross?"
     assert answer(model, question, ONE, OTHER) == "the second"
     assert answer(model, question, OTHER, ONE) == "the first"
 
@@ -265,6 +266,15 @@ def test_recall_is_the_share_of_vectors_nearest_to_their_own_partner() -> None:
     vectors = np.eye(4, dtype=np.float32)
     assert recall(vectors, vectors) == 1.0
     assert recall(vectors, vectors[[1, 0, 2, 3]]) == 0.5
+
+
+def test_training_computes_what_transformers_computes_of_several_pictures_and_of_each_branch() -> None:
+    for module in ("torch", "transformers", "tokenizers"):
+        pytest.importorskip(module)
+    from network_parity import branch_error, picture_error
+
+    assert picture_error(ONE, OTHER) < 1e-3
+    assert branch_error(ONE) < 1e-3
 
 
 def test_the_smoke_run_of_the_training_writes_a_pair_that_loads(tmp_path: Path) -> None:
