@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+from model_maker.weight import Weights
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from demo_model.checkpoint import SHAPE
@@ -11,7 +12,6 @@ from demo_model.prompt import PromptMaker, TokenSequence
 from demo_model.scene import PIXEL_RULE, Scene, draw, fitted, grid_of
 from demo_model.task import Question
 from demo_model.vocabulary import train_vocabulary
-from model_maker.weight import Weights
 from parity_reference import make_network, make_tokenizer
 
 __all__ = ["branch_error", "picture_error"]

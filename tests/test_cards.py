@@ -55,7 +55,7 @@ def test_a_card_says_what_the_hub_publishes() -> None:
 def test_no_two_cards_share_a_file_and_every_hash_is_known_with_its_file() -> None:
     files = [file for card in read_cards().values() for file in (*card.text.values(), *card.projector.values())]
     hashes = [file.sha256 for file in files if file.sha256]
-    assert len(hashes) == len(set(hashes)) == 10
+    assert len(hashes) == len(set(hashes)) == 12
     assert len({file.name for file in files}) == len(files)
 
 

@@ -376,7 +376,7 @@ def test_an_empty_prompt_without_picture_is_refused_and_with_one_it_is_not(
     assert run_here(capsys, "ask", "", "-i", saved, "--model", lone_text, *FAST)[0] == 0
 
 
-@pytest.mark.parametrize("arguments", [("ask", "What?"), ("look", "photo.png"), ("demo",)])
+@pytest.mark.parametrize("arguments", [("ask", "What?"), ("look", "photo.png")])
 def test_without_a_model_one_line_says_how_to_give_one(
     capsys: pytest.CaptureFixture[str], photo: Path, arguments: tuple[str, ...]
 ) -> None:
@@ -502,6 +502,13 @@ def test_the_doctor_fails_where_a_picture_changes_nothing(
     status, out, _ = run_here(capsys, "doctor", "--model", "x")
     assert status == 1
     assert "Check of 'deaf': FAILED" in out
+
+
+def test_the_demo_has_a_model_of_its_own(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, _ = run_here(capsys, "demo", "--threads", "1")
+    assert status == 0
+    assert out.count("a red circle at the left and a blue square at the center") == 2
+    assert "Both answers are the same." in out
 
 
 def test_the_demo_answers_alike_from_the_store_without_a_tower(

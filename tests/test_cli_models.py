@@ -96,7 +96,7 @@ def test_a_whole_model_is_verified_and_its_hashes_are_remembered(
     card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, "verify", "tiny") == (0, f"{folder / 'one.gguf'}: whole\n{folder / 'two.gguf'}: whole\n", "")
-    assert [one["verdict"] for one in told(capsys, "verify")] == ["whole", "whole"]
+    assert [one["verdict"] for one in told(capsys, "verify", "tiny")] == ["whole", "whole"]
     with Store() as store:
         assert known_fingerprint(folder / "one.gguf", store) == card.text_file().sha256
 
@@ -125,7 +125,10 @@ def test_a_file_that_may_be_several_cards_is_whole_if_it_is_one_of_them(
     write_card(folder / "own.toml", folder / "one.gguf", folder / "two.gguf", name="another")
     (folder / "one.gguf").write_bytes(kept)
     assert run(capsys, "verify", folder / "one.gguf") == (0, f"{folder / 'one.gguf'}: whole\n", "")
-    assert run(capsys, "verify")[:2] == (0, f"{folder / 'one.gguf'}: whole\n{folder / 'two.gguf'}: whole\n")
+    assert run(capsys, "verify", "tiny", "another")[:2] == (
+        0,
+        f"{folder / 'one.gguf'}: whole\n{folder / 'two.gguf'}: whole\n",
+    )
     flip(folder / "one.gguf", 2000)
     status, out, _ = run(capsys, "verify", folder / "one.gguf")
     assert (status, out.count("DAMAGED"), out.count("\n")) == (1, 1, 1)
@@ -181,9 +184,10 @@ def test_a_file_whose_hash_nobody_told_is_not_called_whole(folder: Path, capsys:
     assert (status, out) == (0, f"{folder / 'Qwen3VL-2B-Instruct-F16.gguf'}: sha256 {actual}, which no card tells\n")
 
 
-def test_nothing_to_verify_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_model_in_the_package_is_here_and_whole(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "own.toml").write_text("")
-    assert run(capsys, "verify")[:2] == (0, "none of these models is on this disk\n")
+    status, out, _ = run(capsys, "verify")
+    assert (status, out.count("lookonce-demo"), out.count(": whole\n"), out.count("\n")) == (0, 2, 2, 2)
 
 
 @pytest.mark.parametrize(

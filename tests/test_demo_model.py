@@ -36,15 +36,18 @@ ONE = Scene((STAR, CIRCLE), "white", None, None, 128, 128, seed=1)
 OTHER = Scene((Thing("cross", "green", "small", "center"),), "black", "sun", "bottom", 160, 96, seed=2)
 
 
-needs_model = pytest.mark.skipif(not DEMO.exists(), reason="no demo model is shipped yet")
-
-
 @pytest.fixture(scope="module")
 def model() -> Iterator[lookonce.Model]:
-    if not DEMO.exists():
-        pytest.skip("no demo model is shipped yet")
     with lookonce.load(DEMO, threads=1, store=False) as loaded:
         yield loaded
+
+
+def test_the_card_of_that_name_loads_it_with_the_limits_it_was_trained_within() -> None:
+    with lookonce.load("demo", threads=1, store=False) as named:
+        assert named.card is not None
+        assert (named.card.min_pixels, named.card.max_pixels) == tuple(LIMITS.values())
+        assert named.look(draw(ONE).resize((700, 500))).n_rows <= LIMITS["max_pixels"] // 32**2
+        assert named.ask("How many shapes are there?", [draw(ONE)], **GREEDY).text == "two"
 
 
 @pytest.fixture(scope="module")
@@ -61,14 +64,12 @@ def answer(model: lookonce.Model, text: str, *scenes: Scene) -> str:
     return model.ask(text, [look(model, scene) for scene in scenes], **GREEDY).text
 
 
-@needs_model
 def test_both_files_together_are_at_most_ten_megabytes() -> None:
     files = sorted(DEMO.glob("*.gguf"))
     assert len(files) == 2
     assert sum(file.stat().st_size for file in files) <= 10_000_000
 
 
-@needs_model
 def test_the_page_about_the_model_names_the_files_by_their_sha256() -> None:
     page = (ROOT / "docs" / "demo-model.md").read_text()
     for file in DEMO.glob("*.gguf"):
@@ -118,7 +119,6 @@ def test_a_saved_look_replayed_without_any_tower_gives_the_same_right_answers(
         assert not blind.tower_loaded
 
 
-@needs_model
 def test_a_look_from_the_store_gives_the_same_right_answer(tmp_path: Path) -> None:
     for source in ("encoded", "store"):
         with lookonce.load(DEMO, threads=1, store=tmp_path / "store") as model:

@@ -334,7 +334,7 @@ def doctor(load: ModelOptions, json_: JsonFlag = False) -> None:
 
 
 @app.command(
-    epilog=f"""[dim]lookonce demo --model qwen3-vl-2b-instruct
+    epilog=f"""[dim]lookonce demo
 
 lookonce demo --model qwen3-vl-2b-instruct --image cat.jpg --prompt "What is the cat doing?"[/dim]
 
@@ -344,9 +344,7 @@ lookonce demo --model qwen3-vl-2b-instruct --image cat.jpg --prompt "What is the
 def demo(
     load: ModelOptions,
     image: Annotated[str | None, typer.Option("--image", "-i", metavar="FILE", help="Default: drawn shapes.")] = None,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask.")] = (
-        "Which shapes do you see, and in which colours?"
-    ),
+    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask.")] = "Describe the picture.",
     save_picture: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Save the picture that is asked about, as PNG.")
     ] = None,
@@ -354,9 +352,13 @@ def demo(
     """See it work: one picture, asked about cold and then from the store.
 
     Shows both answers, whether they are the same, and the times. The second
-    time no vision tower is loaded. Uses a temporary store.
+    time no vision tower is loaded. Uses a temporary store, and without --model
+    the small model in the package, which knows drawn shapes and nothing else.
     """
     from lookonce.demo import open_or_draw, run_demo
+
+    if load.model is None:
+        load = dataclasses.replace(load, model="demo")
 
     picture = open_or_draw(image, save_picture)
     result = run_demo(lambda store: load.load(store=store), picture, prompt, lambda line: write(line + "\n"))

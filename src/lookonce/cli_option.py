@@ -179,7 +179,7 @@ class ModelOptions:
         if self.model is None:
             raise InputError(
                 f"no model was given: give --model NAME|FILE|FOLDER, or set LOOKONCE_MODEL; `lookonce pull {SMALLEST}` "
-                "fetches one"
+                "fetches one, and --model demo is in the box"
             )
         if self.no_store and self.store is not None:
             raise InputError("--store and --no-store were both given: give one of them")

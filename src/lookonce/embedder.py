@@ -96,6 +96,8 @@ class Embedder:
         truncate: bool = False,
         pca: object | str | PathLike[str] | None = None,
     ) -> None:
+        if not isinstance(model, Model):
+            raise InputError(f"model is a {type(model).__name__}: load one with lookonce.load and give that")
         self._engine = model.engine
         if (card := model.card) is not None:
             if instruction is None and prompt in (None, card.prompt or "chat"):  # it belongs to the card's prompt
@@ -200,13 +202,17 @@ class Embedder:
         show_progress_bar: bool | None = None,
         normalize_embeddings: bool | None = None,
         truncate_dim: int | None = None,
+        convert_to_numpy: Literal[True] = True,
     ) -> Vector:
         """Vectors as sentence-transformers' `encode` gives them: (dimension,) for one input, (n, dimension) for many.
 
         prompt: the instruction.
         show_progress_bar: draw one on a terminal's stderr.
-        normalize_embeddings, truncate_dim: replace the embedder's `normalize` and `dimension`.
+        normalize_embeddings, truncate_dim: replace the embedder's `normalize`, and shorten its `dimension`.
+        convert_to_numpy: there for programs that give it; vectors are always arrays.
         """
+        if convert_to_numpy is not True:
+            raise InputError(f"convert_to_numpy is {convert_to_numpy!r}: vectors are always arrays, leave it out")
         single = isinstance(sentences, str | Mapping)
         wanted = read_items([sentences] if isinstance(sentences, str | Mapping) else sentences, prompt)
         dimension = (
