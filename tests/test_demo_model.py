@@ -271,7 +271,7 @@ def test_recall_is_the_share_of_vectors_nearest_to_their_own_partner() -> None:
 def test_training_computes_what_transformers_computes_of_several_pictures_and_of_each_branch() -> None:
     for module in ("torch", "transformers", "tokenizers"):
         pytest.importorskip(module)
-    from network_parity import branch_error, picture_error
+    from demo_model.forward_parity import branch_error, picture_error
 
     assert picture_error(ONE, OTHER) < 1e-3
     assert branch_error(ONE) < 1e-3

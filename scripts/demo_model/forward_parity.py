@@ -3,7 +3,6 @@
 from typing import Any
 
 import torch
-from model_maker.weight import Weights
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from demo_model.checkpoint import SHAPE
@@ -12,6 +11,7 @@ from demo_model.prompt import PromptMaker, TokenSequence
 from demo_model.scene import PIXEL_RULE, Scene, draw, fitted, grid_of
 from demo_model.task import Question
 from demo_model.vocabulary import train_vocabulary
+from lookonce.synthetic.weight import Weights
 from parity_reference import make_network, make_tokenizer
 
 __all__ = ["branch_error", "picture_error"]
@@ -51,7 +51,7 @@ class _Both:
         made: dict[str, Any] = {**seen, "input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         made["mm_token_type_ids"] = (tokens == self.maker.image_token).int()
         with torch.no_grad():
-            return self.network.model(**made, use_cache=False).last_hidden_state[0]  # type: ignore[no-any-return]
+            return self.network.model(**made, use_cache=False).last_hidden_state[0]
 
 
 def _difference(ours: torch.Tensor, theirs: torch.Tensor) -> float:
