@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 import lookonce
 from demo_model.exam import Entry, Marks, Matching, make_exam, make_matching, recall
-from demo_model.scene import PIXEL_RULE, Scene, draw
+from demo_model.scene import PIXEL_RULE
+from lookonce.drawing import draw
+from lookonce.scene import Scene
 
 __all__ = ["main", "score_lookonce"]
 

@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 
 import lookonce
+from lookonce.drawing import draw
 from lookonce.embedding import ImageEmbedding
 from lookonce.prompt import Message, RowRun, TokenRun, name_looks, place_looks
+from lookonce.scene import Scene, Thing, caption, make_twin
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 from demo_model.exam import Entry, Marks, make_exam, make_matching, recall
 from demo_model.prompt import PromptMaker, TokenSequence
-from demo_model.scene import PIXEL_RULE, Scene, Thing, draw, fitted, grid_of, make_scene, make_twin
-from demo_model.task import NO_PICTURE, TASKS, caption
+from demo_model.scene import PIXEL_RULE, fitted, grid_of, make_scene
+from demo_model.task import NO_PICTURE, TASKS
 from score_demo_model import score_lookonce
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -11,26 +11,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.images import smart_size
+from lookonce.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, SIZES, WORDS, Scene, caption, make_twin
 
 from .prompt import PromptMaker, TokenSequence
-from .scene import (
-    BACKGROUNDS,
-    COLOURS,
-    GRIDS,
-    PIXEL_RULE,
-    PLACES,
-    SHAPES,
-    SIZES,
-    WORDS,
-    Scene,
-    crowd,
-    fitted,
-    grid_of,
-    make_scene,
-    make_twin,
-    random_grid,
-)
-from .task import Question, ask, ask_blind, ask_pair, caption
+from .scene import GRIDS, PIXEL_RULE, crowd, fitted, grid_of, make_scene, random_grid
+from .task import Question, ask, ask_blind, ask_pair
 
 __all__ = ["N_KINDS", "Step", "TowerBatch", "make_pairs", "make_questions", "make_tower_batch", "row_labels"]
 

@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from .scene import Scene, make_scene, make_twin
-from .task import TASKS, Question, ask, ask_pair, caption
+from lookonce.scene import Scene, caption, make_twin
+
+from .scene import make_scene
+from .task import TASKS, Question, ask, ask_pair
 
 __all__ = ["Entry", "Marks", "Matching", "make_exam", "make_matching", "recall"]
 

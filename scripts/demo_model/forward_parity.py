@@ -8,9 +8,11 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from demo_model.checkpoint import SHAPE
 from demo_model.network import collate, read, tower_rows
 from demo_model.prompt import PromptMaker, TokenSequence
-from demo_model.scene import PIXEL_RULE, Scene, draw, fitted, grid_of
+from demo_model.scene import PIXEL_RULE, fitted, grid_of
 from demo_model.task import Question
 from demo_model.vocabulary import train_vocabulary
+from lookonce.drawing import draw
+from lookonce.scene import Scene
 from lookonce.synthetic.weight import Weights
 from parity_reference import make_network, make_tokenizer
 

@@ -13,12 +13,14 @@ from PIL import Image
 from torch.nn import functional
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+from lookonce.drawing import draw
+from lookonce.scene import Scene
 from parity_reference import make_network, make_tokenizer
 
 from .checkpoint import SHAPE, load_checkpoint
 from .exam import Entry, Marks, Matching
 from .prompt import INSTRUCTION
-from .scene import PIXEL_RULE, Scene, draw
+from .scene import PIXEL_RULE
 from .task import ALIASES
 
 __all__ = ["score_checkpoint"]

@@ -1,4 +1,4 @@
-"""Questions about scenes and their only right answers, and the captions that scenes are found by.
+"""Questions about scenes and their only right answers.
 
 Knows nothing of tokens or models. A question is asked only where the scene leaves no doubt about its answer.
 """
@@ -7,9 +7,9 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from .scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, Thing
+from lookonce.scene import BACKGROUNDS, COLOURS, PLACES, SHAPES, Scene, Thing, caption
 
-__all__ = ["ALIASES", "NO_PICTURE", "TASKS", "Question", "ask", "ask_blind", "ask_pair", "caption"]
+__all__ = ["ALIASES", "NO_PICTURE", "TASKS", "Question", "ask", "ask_blind", "ask_pair"]
 
 TASKS = ("describe", "colour", "shape", "place", "size", "count", "yes/no", "word", "follow-up", "compare")
 ALIASES = ("<image_1>", "<image_2>")
@@ -25,19 +25,6 @@ class Question:
 
     task: str
     turns: tuple[tuple[str, str], ...]
-
-
-def caption(scene: Scene) -> str:
-    """Describe a whole scene in one sentence, in reading order.
-
-    >>> from demo_model.scene import Thing
-    >>> star = Thing("star", "blue", "large", "top left")
-    >>> caption(Scene((star,), "gray", "go", "center", 96, 96, 0))
-    'a blue star at the top left on a gray background that says go'
-    """
-    things = [f"{_name(thing)} at the {thing.place}" for thing in scene.things]
-    says = f" that says {scene.word}" if scene.word else ""
-    return f"{' and '.join(things)} on a {scene.background} background{says}"
 
 
 def ask(rng: random.Random, scene: Scene, task: str) -> Question | None:
@@ -79,10 +66,6 @@ def ask_pair(rng: random.Random, first: Scene, second: Scene, *, inline: bool) -
     else:
         text += rng.choice(("?", ", the first or the second?"))
     return Question("compare", ((text, answers[order.index(winner)]),))
-
-
-def _name(thing: Thing) -> str:
-    return f"{'an' if thing.colour == 'orange' else 'a'} {thing.colour} {thing.shape}"
 
 
 def _colour_word(rng: random.Random) -> str:
@@ -241,7 +224,7 @@ def _beside(scene: Scene, thing: Thing, direction: str) -> str | None:
         row, column = divmod(PLACES.index(place), 3)
         return (row - thing.cell // 3) * down + (column - thing.cell % 3) * across > 0
 
-    found = [_name(one) for one in scene.things if lies_there(one.place)]
+    found = [one.name for one in scene.things if lies_there(one.place)]
     if scene.word_place and lies_there(scene.word_place):
         found.append(f"the word {scene.word}")
     return None if len(found) > 1 else (*found, "nothing")[0]
@@ -265,7 +248,7 @@ def _difference(rng: random.Random, scenes: Sequence[Scene]) -> tuple[str, int] 
         shown = any(one.shape == thing.shape for one in there.things)
         return None if shown else (f"Which picture has a {thing.shape}", chosen)
     shown = any((one.colour, one.shape) == (thing.colour, thing.shape) for one in there.things)
-    return None if shown else (f"Which picture has {_name(thing)}", chosen)
+    return None if shown else (f"Which picture has {thing.name}", chosen)
 
 
 def _ask_one_of_two(rng: random.Random, scenes: Sequence[Scene]) -> Question:

@@ -9,12 +9,13 @@ from collections.abc import Iterator
 
 import tokenizers  # type: ignore[import-not-found,unused-ignore]
 
+from lookonce.scene import caption
 from lookonce.synthetic.vocabulary import Vocabulary, build_vocabulary, byte_alphabet
 from parity_reference import QWEN_SPLIT
 
 from .prompt import INSTRUCTION
 from .scene import make_scene
-from .task import TASKS, ask, ask_blind, ask_pair, caption
+from .task import TASKS, ask, ask_blind, ask_pair
 
 __all__ = ["train_vocabulary"]
 
