@@ -15,6 +15,7 @@ import typer
 
 from lookonce.byte_size import format_size, parse_size
 from lookonce.cli_bench import BENCH_EPILOG, bench
+from lookonce.cli_demo import DEMO_EPILOG, demo
 from lookonce.cli_models import models_app
 from lookonce.cli_option import (
     MODEL_HINT,
@@ -223,6 +224,7 @@ def _read_prompt() -> str:
 
 
 app.command(epilog=BENCH_EPILOG)(bench)
+app.command(epilog=DEMO_EPILOG)(demo)
 app.command(epilog=EMBED_EPILOG)(embed)
 app.command(epilog=EXTRACT_EPILOG)(extract)
 app.command("pull", epilog=PULL_EPILOG)(pull_model)
@@ -330,38 +332,4 @@ def doctor(load: ModelOptions, json_: JsonFlag = False) -> None:
     elif report.check is not None:
         write("\n".join(doctor_.check_lines(report.check)) + "\n")
     if report.native.problem or (report.check is not None and not report.check.passed):
-        raise typer.Exit(FAILURE)
-
-
-@app.command(
-    epilog=f"""[dim]lookonce demo
-
-lookonce demo --model qwen3-vl-2b-instruct --image cat.jpg --prompt "What is the cat doing?"[/dim]
-
-{MODEL_HINT}"""
-)
-@gather
-def demo(
-    load: ModelOptions,
-    image: Annotated[str | None, typer.Option("--image", "-i", metavar="FILE", help="Default: drawn shapes.")] = None,
-    prompt: Annotated[str, typer.Option(metavar="TEXT", help="What to ask.")] = "Describe the picture.",
-    save_picture: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Save the picture that is asked about, as PNG.")
-    ] = None,
-) -> None:
-    """See it work: one picture, asked about cold and then from the store.
-
-    Shows both answers, whether they are the same, and the times. The second
-    time no vision tower is loaded. Uses a temporary store, and without --model
-    the small model in the package, which knows drawn shapes and nothing else.
-    """
-    from lookonce.demo import open_or_draw, run_demo
-
-    if load.model is None:
-        load = dataclasses.replace(load, model="demo")
-
-    picture = open_or_draw(image, save_picture)
-    result = run_demo(lambda store: load.load(store=store), picture, prompt, lambda line: write(line + "\n"))
-    write("\n".join(result.verdict()) + "\n")
-    if not result.passed:
         raise typer.Exit(FAILURE)
