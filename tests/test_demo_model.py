@@ -1,8 +1,10 @@
 """The demo model answers and finds held-out scenes through the library: tests by meaning, beside those by equality."""
 
 import hashlib
+import json
 import random
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -136,6 +138,81 @@ def test_questions_that_reuse_the_evaluated_picture_get_their_own_right_answers(
         reply = model.ask(text, [seen], **GREEDY)
         assert reply.text == expected
         assert reply.usage.reused >= seen.n_rows
+
+
+def test_a_later_process_takes_the_evaluated_picture_from_the_store_and_answers_another_question_of_it(
+    tmp_path: Path,
+) -> None:
+    draw(OTHER).save(tmp_path / "other.png")
+    asked = (("Describe the picture.", caption(OTHER), "evaluated"), ("What does it say?", "sun", "store"))
+    for text, expected, prefix in asked:
+        command = [sys.executable, "-m", "lookonce", "ask", text, "-i", "other.png", "--model", "demo", "--json"]
+        options = ["--store", "store", "--threads", "1", "--temperature", "0"]
+        run = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=True)
+        told = json.loads(run.stdout)
+        assert (told["text"], told["usage"]["prefix"]) == (expected, prefix)
+
+
+def test_a_saved_conversation_goes_on_where_it_was(model: lookonce.Model, tmp_path: Path) -> None:
+    for thing in (STAR, CIRCLE):
+        chat = model.chat([look(model, ONE)])
+        assert chat.ask(f"Is there a {thing.colour} {thing.shape}?", **GREEDY).text == "yes"
+        chat.save(tmp_path / f"{thing.shape}.safetensors")
+    with lookonce.load(DEMO, threads=1, store=False) as another:
+        for thing in (STAR, CIRCLE):
+            chat = lookonce.Chat.load(another, tmp_path / f"{thing.shape}.safetensors")
+            reply = chat.ask("And where is it?", **GREEDY)
+            assert (reply.text, reply.usage.prefix) == (thing.place, "file")
+
+
+def _single_questions(seed: str, count: int) -> dict[Scene, list[tuple[str, str]]]:
+    """Held-out scenes, each with its questions of one turn and their answers."""
+    found: dict[Scene, list[tuple[str, str]]] = {}
+    for entry in make_exam(seed, count):
+        if len(entry.scenes) == len(entry.question.turns) == 1:
+            found.setdefault(entry.scenes[0], []).append(entry.question.turns[0])
+    return found
+
+
+def _count_right(
+    model: lookonce.Model, asked: dict[Scene, list[tuple[str, str]]], pictures: list[list[Scene]]
+) -> float:
+    """Ask each scene's questions together, of the pictures at its place; give the share of right answers."""
+    marks = Marks()
+    for turns, shown in zip(asked.values(), pictures, strict=True):
+        replies = model.ask_many([text for text, _ in turns], [look(model, scene) for scene in shown], **GREEDY)
+        for (text, expected), reply in zip(turns, replies, strict=True):
+            marks.add("all", text, reply.text, expected)
+    return marks.overall
+
+
+def test_questions_asked_together_are_answered_as_well_as_one_by_one_each_with_its_own_answer(
+    model: lookonce.Model,
+) -> None:
+    asked = _single_questions("together", 8)
+    alone = Marks()
+    for scene, turns in asked.items():
+        for text, expected in turns:
+            alone.add("all", text, answer(model, text, scene), expected)
+    together = _count_right(model, asked, [[scene] for scene in asked])
+    assert alone.overall >= 0.7, alone.wrong
+    assert abs(together - alone.overall) <= 0.04
+
+
+def test_the_answers_to_an_exam_come_from_its_pictures(model: lookonce.Model) -> None:
+    asked = _single_questions("together", 8)
+    scenes = list(asked)
+    own = _count_right(model, asked, [[scene] for scene in scenes])
+    others = _count_right(model, asked, [[scene] for scene in (*scenes[1:], scenes[0])])
+    none = _count_right(model, asked, [[] for _ in scenes])
+    assert others <= own - 0.3
+    assert none == 0.0
+
+
+def test_questions_asked_together_of_two_pictures_are_each_about_the_one_they_name(model: lookonce.Model) -> None:
+    questions = [f"What colour is the background of <image_{number}>?" for number in (1, 2, 1)]
+    replies = model.ask_many(questions, [look(model, ONE), look(model, OTHER)], **GREEDY)
+    assert [reply.text for reply in replies] == ["white", "black", "white"]
 
 
 def test_a_follow_up_is_about_what_the_first_question_named(model: lookonce.Model) -> None:
@@ -282,7 +359,6 @@ def test_training_computes_what_transformers_computes_of_several_pictures_and_of
 def test_the_smoke_run_of_the_training_writes_a_pair_that_loads(tmp_path: Path) -> None:
     for module in ("torch", "transformers", "tokenizers"):
         pytest.importorskip(module)
-    import subprocess
 
     command = [sys.executable, "-W", "ignore", str(ROOT / "scripts" / "train_demo_model.py")]
     run = subprocess.run([*command, "--smoke", "--outdir", str(tmp_path)], capture_output=True, text=True, check=False)
