@@ -286,6 +286,29 @@ BAD_LOOKS: dict[str, Callable[[Path], bytes]] = {
 }
 
 
+def test_looks_that_the_store_did_not_keep_are_status_1(
+    capsys: pytest.CaptureFixture[str],
+    tiny_pair: tuple[Path, Path],
+    photo: Path,
+    saved: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOOKONCE_STORE_LIMIT", "1000")
+    status, out, err = run_here(capsys, "look", photo, saved, "--model", tiny_pair[0])
+    assert status == 1
+    assert len(out.splitlines()) == 2
+    assert f"the store kept no look of {photo}: mend the store, or give --output" in err
+    status, _, err = run_here(capsys, "look", photo, "--model", tiny_pair[0], "--output", "photo.safetensors")
+    assert status == 0
+
+
+def test_a_file_as_the_store_is_wrong_use(capsys: pytest.CaptureFixture[str], photo: Path) -> None:
+    for command in (("store", "stats"), ("ask", "What?", "--model", "demo")):
+        status, _, err = run_here(capsys, *command, "--store", photo)
+        assert status == 2
+        assert "is a file" in err
+
+
 @pytest.mark.parametrize("kind", BAD_LOOKS)
 def test_a_bad_saved_look_is_one_line_and_status_2(
     capsys: pytest.CaptureFixture[str], lone_text: Path, saved: Path, kind: str

@@ -5,8 +5,10 @@ import logging
 import os
 import shutil
 import sqlite3
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +131,36 @@ def test_the_same_picture_twice_in_one_question_is_encoded_once(
     reply = model.ask("Compare.", [photo, photo.read_bytes()], **GREEDY)
     assert len(towers) == 1
     assert reply.usage.image_rows == sum(use.rows for use in reply.images) == 2 * reply.images[0].rows
+
+
+def test_two_threads_with_the_same_new_picture_encode_it_once(
+    load: Callable[..., Model], photo: Path, towers: list[Any]
+) -> None:
+    model = load()
+    start = threading.Barrier(2)
+
+    def look() -> ImageEmbedding:
+        start.wait()
+        return model.look(photo)
+
+    with ThreadPoolExecutor(2) as threads:
+        looks = [one.result() for one in [threads.submit(look), threads.submit(look)]]
+    assert len(towers) == 1
+    assert {look.source for look in looks} == {"encoded", "store"}
+    assert same(*looks)
+
+
+def test_limits_that_a_saved_look_cannot_meet_are_a_warning(
+    load: Callable[..., Model], photo: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = load()
+    look = model.look(photo)
+    look.save(tmp_path / "look.safetensors")
+    with caplog.at_level(logging.WARNING, "lookonce"):
+        assert model.look(tmp_path / "look.safetensors", max_pixels=5000).n_rows == look.n_rows
+    assert [record.message for record in caplog.records] == [
+        f"{tmp_path / 'look.safetensors'} is a saved look: the limits on pixels do not change it"
+    ]
 
 
 def test_answers_from_a_fresh_a_stored_and_a_saved_look_are_equal_to_the_bit(

@@ -29,7 +29,7 @@ from lookonce.cli_option import (
 )
 from lookonce.cli_pull import PULL_EPILOG, pull_model
 from lookonce.cli_vectors import EMBED_EPILOG, EXTRACT_EPILOG, embed, extract
-from lookonce.errors import InputError
+from lookonce.errors import InputError, StoreError
 from lookonce.terminal import CLOSED_PIPE, FAILURE, Terminal, progress, status, write, write_json
 from lookonce.version import VERSION
 
@@ -131,6 +131,7 @@ def look(
     for one in progress(planned, total=len(planned), what="Opening"):
         check_picture(one.picture)
     with load.load() as model:
+        lost = []
         for one in progress(planned, total=len(planned), what="Looking"):
             with status(f"Looking at {one.picture}") if len(planned) == 1 else contextlib.nullcontext():
                 seen = model.look(
@@ -142,7 +143,11 @@ def look(
             if one.target is not None:
                 one.target.parent.mkdir(exist_ok=True)
                 seen.save(one.target)
+            elif not model.engine.looker.keeps(seen):
+                lost.append(one.picture)
             _print_look(one.picture, seen, one.target, json_)
+    if lost:
+        raise StoreError(f"the store kept no look of {', '.join(lost)}: mend the store, or give --output FILE|FOLDER/")
 
 
 def _print_look(picture: str, seen: "ImageEmbedding", target: Path | None, as_json: bool) -> None:

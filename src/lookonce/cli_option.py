@@ -59,6 +59,7 @@ StoreFolder = Annotated[
     typer.Option(
         "--store",
         metavar="FOLDER",
+        file_okay=False,
         help="Keep looks here. Default: $LOOKONCE_STORE, else the user's cache.",
         rich_help_panel=_STORE,
     ),

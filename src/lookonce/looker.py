@@ -125,6 +125,7 @@ class Looker:
         self._missing = missing
         self._store = store
         self._lock = lock
+        self._looking = threading.Lock()  # taken before the model's lock
         self._threads = threads
         self._devices = devices
         self._tower: VisionTower | None = None
@@ -148,6 +149,8 @@ class Looker:
         if isinstance(source, ImageEmbedding):
             return self.checked(source)
         if isinstance(source, str | PathLike) and Path(source).suffix.lower() in SAVED_SUFFIXES:
+            if (options.min_pixels, options.max_pixels) != (None, None):
+                logger.warning("%s is a saved look: the limits on pixels do not change it", source)
             return self.checked(ImageEmbedding.load(source))
         projector = self._require_projector()
         rule = self._rule(projector, options)
@@ -198,8 +201,12 @@ class Looker:
         return None
 
     def finish(self, pending: PendingLook) -> ImageEmbedding:
-        """Run the tower on a prepared picture and keep what it gives. Raises NativeError where it fails."""
-        return self.finish_with(pending, ())[0]
+        """Run the tower on a prepared picture and keep what it gives. Raises NativeError where it fails.
+
+        Of several threads that bring the same new picture one runs it, and the store has it for the others.
+        """
+        with self._looking:
+            return self._stored(pending.key) or self.finish_with(pending, ())[0]
 
     def finish_with(
         self, pending: PendingLook, tensors: Collection[str]
@@ -233,6 +240,10 @@ class Looker:
         if self._store and self._store.put(pending.key, LOOK, look.to_bytes(), label=projector.path.name):
             self._remember(pending.note, pending.key)
         return look, encoded.tensors
+
+    def keeps(self, look: ImageEmbedding) -> bool:
+        """Whether a look can be had again without the tower: from a file of its own, or from the store."""
+        return look.source == "file" or self._stored(look.key) is not None
 
     def checked(self, look: ImageEmbedding) -> ImageEmbedding:
         """The look itself, if this model can use it. Raises MismatchError with both names where not."""

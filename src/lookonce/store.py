@@ -444,13 +444,14 @@ def _default_folder() -> Path:
 
 
 def _read_limit(limit_bytes: int | None) -> int:
-    given: object = os.environ.get("LOOKONCE_STORE_LIMIT") or DEFAULT_LIMIT_BYTES
-    if limit_bytes is not None:
-        given = limit_bytes
+    what: str = "limit_bytes"
+    given: object = limit_bytes
+    if limit_bytes is None:
+        what, given = "LOOKONCE_STORE_LIMIT", os.environ.get("LOOKONCE_STORE_LIMIT") or DEFAULT_LIMIT_BYTES
     try:
         limit = int(str(given))
     except ValueError:
         limit = -1
     if limit < 0:
-        raise InputError(f"limit {given!r} of the store is not a number of bytes: give one from 0 on")
+        raise InputError(f"{what} is {given!r}: give the store's limit as a number of bytes, from 0 on")
     return limit
