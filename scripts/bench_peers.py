@@ -115,7 +115,7 @@ class Bar:
 BARS = (
     Bar("first token with a kept state / plain text", "state / text", 1.10, at_least=False),
     Bar("llama-cpp-python's first token / with a kept state", "llama / state", 15, at_least=True),
-    Bar("state read from disk and restored, seconds", "read and restore", 0.030, at_least=False),
+    Bar("state read from the store and restored, seconds", "read and restore", 0.030, at_least=False),
     Bar("first token from saved rows / cold", "rows / cold", 0.45, at_least=False),
     Bar("look with the F16 projector / with BF16", "look gain", 1.5, at_least=True),
     Bar("lowest cosine of a row, F16 and BF16", "lowest row cosine", 0.999, at_least=True),

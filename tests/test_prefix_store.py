@@ -564,3 +564,54 @@ def test_memory_is_bounded_whatever_is_asked(folder: Path, store: Store, monkeyp
             chats[-1].ask("What?", **GREEDY)
             assert sum(state.state.nbytes for state in kept._states[:-1]) <= 200_000
         assert len(kept._states) < 12
+
+
+def test_streams_that_nobody_goes_on_with_do_not_fill_the_memory(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(folder, store) as model:
+        kept = model.engine._kept
+        assert isinstance(kept, KeptStates)
+        monkeypatch.setattr(kept, "limit_bytes", 200_000)
+        streams = []
+        for seed in range(8):
+            streams.append(model.ask("What?", [make_look(seed, (4, 5))], stream=True, **GREEDY))
+            next(streams[-1])
+            streams.pop()
+        owed = model.engine._sequences._owed  # type: ignore[union-attr]
+        assert 1 <= len(owed) < 7
+        assert sum(state.state.nbytes for state in owed[1:]) <= 200_000
+        assert model.ask("What?", [make_look(0, (4, 5))], **GREEDY).text
+
+
+def test_a_state_written_under_another_environment_of_the_native_library_is_not_used(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def prefix() -> str:
+        with load(folder, store, kv_type="q8_0") as model:
+            return model.ask("What?", [make_look()], **GREEDY).usage.prefix
+
+    assert [prefix(), prefix()] == ["evaluated", "store"]
+    monkeypatch.setenv("LLAMA_ATTN_ROT_DISABLE", "1")
+    assert [prefix(), prefix()] == ["evaluated", "store"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows does not fork")
+@pytest.mark.parametrize("what", ["close()", 'ask("What?")'])
+def test_a_child_forked_during_another_threads_native_call_does_not_hang(folder: Path, what: str) -> None:
+    code = f"""
+import os, threading, time, lookonce
+model = lookonce.load({str(folder)!r}, store=False, threads=1, n_ctx=256)
+model.engine.lock.acquire()
+child = os.fork()
+if child == 0:
+    try:
+        model.{what}
+    except lookonce.ClosedError:
+        pass
+    os._exit(7)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+model.engine.lock.release()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.stdout, done.stderr) == ("7\n", "")

@@ -292,6 +292,34 @@ def test_a_file_of_a_later_format_says_update(saved: bytes, tmp_path: Path) -> N
         SavedChat.load(path)
 
 
+def test_a_saved_chat_holds_no_other_conversation(folder: Path, tmp_path: Path) -> None:
+    """Two chats begin with the same tokens, and only the second's state is still in memory."""
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 4}
+    with load(folder, n_ctx=512) as model:
+        first, second = model.chat(images=[make_look(0)]), model.chat(images=[make_look(5)])
+        first.ask("Hello, I am A.", **options)
+        second.ask("I am B, my secret is 4711. " * 9, **options)
+        model.chat().ask("Another talk goes here. " * 14, **options)
+        kept = model.engine._kept
+        assert kept is not None
+        for one in list(kept._states):
+            if one.held.units[: len(first._held)] == list(first._held):
+                kept.drop(one)
+        first.save(tmp_path / "first.safetensors")
+        second.save(tmp_path / "second.safetensors")
+        states = [SavedChat.load(tmp_path / f"{name}.safetensors").state for name in ("first", "second")]
+        for chat, state in zip((first, second), states, strict=True):
+            assert state is not None
+            assert state.held.units == list(chat._held[: len(state.held.units)])
+        lengths = [len(state.held.units) for state in states if state is not None]
+        assert lengths[0] < 10
+        assert lengths[1] > 100
+        expected = [chat.ask("And?", **options).text for chat in (first, second)]
+    with load(folder, n_ctx=512) as model:
+        chats = [Chat.load(model, tmp_path / f"{name}.safetensors") for name in ("first", "second")]
+        assert [chat.ask("And?", **options).text for chat in chats] == expected
+
+
 # --- forks
 
 

@@ -251,7 +251,7 @@ def _part_lines(report: Report) -> Iterator[str]:
     if state:
         read, restore = (report.median("state", name) or 0 for name in ("read_s", "restore_s"))
         size = format_size(int(report.median("state", "state_bytes") or 0))
-        yield f"  {'state read from disk and checked':<34}{read:8.3f}  {size}"
+        yield f"  {'state read from the store, checked':<34}{read:8.3f}  {size}"
         yield f"  {'state restored':<34}{restore:8.3f}"
     load = report.median("rows", "load_s")
     if load is not None:

@@ -59,9 +59,9 @@ def work(job: Job) -> dict[str, Any]:
     return {**found, "peak_bytes": peak_bytes()}
 
 
-def _load(job: Job, state: StateMode) -> tuple[Model, float]:
+def _load(job: Job, state: StateMode, *, stored: bool = True) -> tuple[Model, float]:
     started = time.perf_counter()
-    model = load(job.model, **job.options, store=job.store, state=state, trial=False)
+    model = load(job.model, **job.options, store=job.store if stored else False, state=state, trial=False)
     return model, time.perf_counter() - started
 
 
@@ -260,8 +260,8 @@ def _restore_times(model: Model, job: Job) -> dict[str, Any]:
 
 
 def _look(job: Job) -> dict[str, Any]:
-    """The tower alone."""
-    model, load_s = _load(job, "off")
+    """The tower alone, without the store, which has the look from an earlier round."""
+    model, load_s = _load(job, "off", stored=False)
     with model:
         model.look(np.zeros((64, 64, 3), dtype=np.uint8))
         started = time.perf_counter()

@@ -5,7 +5,7 @@ The lock is held for native work only: a chat template or a picture's decoding r
 
 import json
 import logging
-import threading
+import os
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -18,6 +18,7 @@ import psutil
 from lookonce.embedding import ImageEmbedding
 from lookonce.errors import ClosedError, DeviceError, InputError, NativeError
 from lookonce.fingerprint import Fingerprint
+from lookonce.fork_lock import ForkLock
 from lookonce.images import PictureSource
 from lookonce.kept_state import KeptState, KeptStates
 from lookonce.looker import Looker, LookOptions, PendingLook, Projector
@@ -37,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_CONTEXT: Final = 8192
 _LONGEST_CALL_S: Final = 60.0  # how long the end of the process waits for another thread's native call
+_NATIVE_NAMES: Final = ("LLAMA_", "GGML_")
 OVERLAPPING_TURNS: Final = 32  # streams that can be under way without taking each other's sequence
 
 
@@ -84,6 +86,8 @@ class LoadOptions:
         """
         return {
             **build(),
+            # What the libraries read, such as LLAMA_ATTN_ROT_DISABLE, which changes what a quantized cache holds.
+            "environment": json.dumps(sorted(one for one in os.environ.items() if one[0].startswith(_NATIVE_NAMES))),
             "kv_type": context.kv_type,
             "flash_attention": str(context.flash_attention),
             "batch_size": str(context.batch_size),
@@ -108,7 +112,7 @@ class Engine:
 
     def __init__(self, files: ModelFiles, options: LoadOptions, store: Store | None, *, owns_store: bool) -> None:
         self._owned_store = store if owns_store else None
-        self.lock: Final = threading.Lock()
+        self.lock: Final = ForkLock()
         self._context: Context | None = None
         self._sequences: Sequences | None = None
         self._template: ChatTemplate | None = None
@@ -311,7 +315,7 @@ class Engine:
         self._end()
 
 
-def _free_all(lock: threading.Lock, text: TextModel, states: PrefixStore | None, store: Store | None) -> None:
+def _free_all(lock: ForkLock, text: TextModel, states: PrefixStore | None, store: Store | None) -> None:
     """Free what was not closed, when the engine is forgotten or the process ends, where a thread may be at work."""
     if lock.acquire(timeout=_LONGEST_CALL_S):
         try:

@@ -6,7 +6,6 @@ Owns the projector's fingerprint and the lazily loaded tower. Knows nothing of p
 import hashlib
 import json
 import logging
-import threading
 import time
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from lookonce.cards import ModelCard
 from lookonce.embedding import FORMAT_VERSION, ImageEmbedding, RowSegment, to_stored_type
 from lookonce.errors import InputError, MismatchError, ModelFileError, NativeError, PictureError, SavedLookError
 from lookonce.fingerprint import Fingerprint
+from lookonce.fork_lock import ForkLock
 from lookonce.gguf_file import GgufFile, plain_name
 from lookonce.images import Picture, PictureSource, PixelRule
 from lookonce.native.library import Device, versions
@@ -114,7 +114,7 @@ class Looker:
         projector_chosen: bool,
         missing: str,
         store: Store | None,
-        lock: threading.Lock,
+        lock: ForkLock,
         threads: int,
         devices: tuple[Device, ...],
     ) -> None:
@@ -125,7 +125,7 @@ class Looker:
         self._missing = missing
         self._store = store
         self._lock = lock
-        self._looking = threading.Lock()  # taken before the model's lock
+        self._looking = ForkLock()  # taken before the model's lock
         self._threads = threads
         self._devices = devices
         self._tower: VisionTower | None = None

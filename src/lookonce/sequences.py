@@ -330,6 +330,9 @@ class Sequences:
             state = self._keep(slot, slot.owed)
             if state is not None and self._owes and state.held.repeatable:
                 self._owed.append(state)
+                # Streams that nobody asked a second piece of leave theirs, until another settles.
+                while len(self._owed) > 1 and sum(one.state.nbytes for one in self._owed) > self._kept.limit_bytes:
+                    del self._owed[0]
         turn = slot.turn
         if turn is None or not turn.wanted or slot.end.n_units <= mark.n_units:
             return
@@ -371,8 +374,24 @@ class Sequences:
         mark = slot.reusable(probe, cuts)
         kept, other = self._best_kept(probe, cuts)
         if kept is not None and other.n_units >= mark.n_units:
-            return kept
+            return kept if other == kept.held.end else self._read_part(kept, other)
         return self._read(slot, mark) if mark.n_units else None
+
+    def _read_part(self, kept: KeptState, mark: Mark) -> KeptState | None:
+        """A kept state up to `mark`: what follows there is another conversation's."""
+        self._make_room(kept.held.n_cells)
+        slot = Slot(number=self._spare)
+        try:
+            write_state(self._context, slot.number, kept.state, last=kept.last)
+            if not self._context.forget(slot.number, mark.position):
+                return None
+            slot.take_over(kept.held, mark)
+            return self._read(slot, mark)
+        except NativeError as error:
+            logger.warning("a state is not kept: %s", error)
+            return None
+        finally:
+            self._context.forget(self._spare)
 
     def _read(self, slot: Slot, mark: Mark, limit_bytes: int | None = None) -> KeptState | None:
         """What a slot holds up to `mark`; None where it is more than `limit_bytes` or cannot be read out so."""

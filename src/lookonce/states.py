@@ -3,7 +3,6 @@
 Knows nothing of pooling: whoever asks says which cells (tokens and image rows) of each prompt are wanted.
 """
 
-import threading
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
@@ -13,6 +12,7 @@ from numpy.typing import NDArray
 
 from lookonce.engine import Engine
 from lookonce.errors import ContextError
+from lookonce.fork_lock import ForkLock
 from lookonce.native.hidden import FINAL_STATE, HiddenContext, layer_tensor
 from lookonce.native.text import BATCH_TOKENS
 from lookonce.pooling import check_finite
@@ -80,7 +80,7 @@ class StateRunner:
         self._context: HiddenContext | None = None
         self._beginning: _Beginning | None = None
         self._last_units: list[Unit] = []
-        self._turn = threading.Lock()  # one call at a time uses the sequences; the engine's lock is taken per batch
+        self._turn = ForkLock()  # one call at a time uses the sequences; the engine's lock is taken per batch
 
     def run(self, prompts: Sequence[Prompt], wanted: Sequence[Flags]) -> list[States]:
         """Each prompt's states of its wanted cells, (n, width) in prompt order. `wanted` is (n_cells,) for each.
