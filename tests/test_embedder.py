@@ -3,6 +3,7 @@
 import asyncio
 import gc
 import io
+import json
 import logging
 import shutil
 import threading
@@ -19,6 +20,8 @@ from PIL import Image
 import lookonce
 from card_maker import write_card
 from look_maker import make_look, make_picture
+from lookonce.embed_input import read_rows
+from lookonce.embed_run import EmbeddedBatch, embed_rows
 from lookonce.embedder import Embedder
 from lookonce.errors import ClosedError, ContextError, InputError, MismatchError, NativeError, PictureError
 from lookonce.model import Model
@@ -571,9 +574,73 @@ def test_a_damaged_model_gives_an_error_and_no_vector(tiny_pair: Pair, tmp_path:
     reader.data.flush()
     del norm, reader
     with lookonce.load(path, **EXACT) as broken:
-        with pytest.raises(NativeError, match="gave values that are not finite: its file is damaged, fetch it again"):
+        with pytest.raises(
+            NativeError, match="not finite: the model file may be damaged, check it with `lookonce models"
+        ):
             Embedder(broken).embed_text("a cat")
         assert np.isfinite(Embedder(broken, layer=-2).embed_text("a cat")).all()
+
+
+@pytest.fixture
+def scarred(tiny_pair: Pair, tmp_path: Path) -> Path:
+    """A model that gives no finite values for texts with a Z, and sound ones for all others."""
+    path = tmp_path / tiny_pair[0].name
+    shutil.copy(tiny_pair[0], path)
+    with lookonce.load(path, n_ctx=256, **EXACT) as whole:
+        (token,) = whole.engine.text.tokenize("Z")
+    reader = GGUFReader(path, "r+")
+    (table,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    table.data[token] = np.nan
+    reader.data.flush()
+    del table, reader
+    return path
+
+
+def test_an_item_that_alone_gives_no_finite_vector_is_named_and_the_file_is_not_blamed(scarred: Path) -> None:
+    with lookonce.load(scarred, n_ctx=256, **EXACT) as model, Embedder(model) as embedder:
+        with pytest.raises(
+            NativeError, match=r"^item 1 cannot be embedded: .* gave values for it that are not finite"
+        ) as caught:
+            embedder.embed_batch(["a cat", "Z", "a dog"])
+        assert caught.value.item == 1
+        with pytest.raises(
+            NativeError, match=r"gave values for it that are not finite, but not for others: leave it out"
+        ):
+            embedder.embed_text("Z")
+        assert np.isfinite(embedder.embed_batch(["a cat", "a dog"])).all()
+
+
+def test_a_row_without_a_finite_vector_is_told_by_its_line_and_passed_over(
+    scarred: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in ("a cat", "Z", "a dog", "Z Z"))
+    with lookonce.load(scarred, n_ctx=256, **EXACT) as model:
+
+        def run(skip_errors: bool) -> list[EmbeddedBatch]:
+            sink = Kept()
+            rows = read_rows(io.BytesIO(lines))
+            embed_rows(lambda: Embedder(model), rows, sink, batch_size=4, skip_errors=skip_errors)
+            return sink.batches
+
+        (batch,) = run(True)
+        assert [row.index for row in batch.kept] == [0, 2]
+        assert [one.label for one in batch.skipped] == ["line 2", "line 4"]
+        assert np.isfinite(batch.vectors).all()
+        with pytest.raises(InputError, match=r"^line 2 cannot be embedded: .* gave values for it that are not finite"):
+            run(False)
+
+
+class Kept:
+    """A sink that holds what it is given."""
+
+    def __init__(self) -> None:
+        self.batches: list[EmbeddedBatch] = []
+
+    def append(self, batch: EmbeddedBatch) -> None:
+        self.batches.append(batch)
+
+    def finish(self) -> None:
+        pass
 
 
 # --- threads, the event loop, memory

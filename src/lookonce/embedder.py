@@ -16,7 +16,7 @@ from typing_extensions import Self
 
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine
-from lookonce.errors import InputError
+from lookonce.errors import InputError, NotFiniteError
 from lookonce.item import (
     Item,
     Picture,
@@ -47,6 +47,8 @@ PooledTokens = Literal["all", "text", "image"]
 # Qwen3-VL-Embedding's own prompt: QwenLM/Qwen3-VL-Embedding, src/models/qwen3_vl_embedding.py.
 DEFAULT_INSTRUCTION: Final = "Represent the user's input."
 _REMEDY: Final = "shorten the text, or make the embedder with truncate=True"
+_CHANGE: Final = "leave it out, or write it otherwise"
+_PROBE: Final = "a"  # a text that every sound model takes
 _NAMED_CHARACTERS: Final = 40  # of a text, to tell it from others
 _STATES_AT_ONCE: Final = 16_384  # hidden states in memory before they are pooled: 128 MB for a model of 2 B
 _ROWS_AT_ONCE: Final = 4096  # image rows in memory before they are evaluated: 64 MB for a model of 2 B
@@ -260,7 +262,12 @@ class Embedder:
         check_number("batch_size", batch_size, None)
         vectors = np.empty((len(wanted), dimension or self.dimension), dtype=np.float32)
         for numbers, prompts in self._batches(wanted, batch_size):
-            vectors[numbers] = cut(self._evaluate(prompts), dimension)
+            try:
+                vectors[numbers] = cut(self._evaluate(prompts), dimension)
+            except NotFiniteError:
+                pairs = [(wanted[number], prompt) for number, prompt in zip(numbers, prompts, strict=True)]
+                self._blame(sorted(pairs, key=lambda pair: pair[0].number or 0))
+                raise
             advance(len(numbers))
         return normalize(vectors) if (self._normalize if normalized is None else normalized) else vectors
 
@@ -291,6 +298,34 @@ class Embedder:
             pooled = self._pca.apply(normalize(pooled) if self._normalize else pooled)
         return cut(pooled, self.dimension)
 
+    def _blame(self, failed: Sequence[tuple[WantedItem, Prompt]]) -> None:
+        """Of items that failed together, raise the error of the first that fails alone, if other texts do not fail."""
+        probe = self._engine.plain_prompt(self._render(None, (_PROBE,)))
+        last = np.zeros(probe.n_tokens, dtype=np.bool_)
+        last[-1] = True
+        if self._fails([probe], [last]):
+            return
+        while len(failed) > 1:
+            half = failed[: len(failed) // 2]
+            failed = half if self._fails(*self._flagged(half)) else failed[len(half) :]
+        if self._fails(*self._flagged(failed)):
+            told = NotFiniteError(
+                f"{self._engine.name} gave values for it that are not finite, but not for others: {_CHANGE}"
+            )
+            number = failed[0][0].number
+            raise told if number is None else number_error(told, number) from told
+
+    def _flagged(self, pairs: Sequence[tuple[WantedItem, Prompt]]) -> tuple[list[Prompt], list[NDArray[np.bool_]]]:
+        prompts = [prompt for _, prompt in pairs]
+        return prompts, [self._flags(prompt) for prompt in prompts]
+
+    def _fails(self, prompts: Sequence[Prompt], flags: Sequence[NDArray[np.bool_]]) -> bool:
+        try:
+            self._runner.run(prompts, flags)
+        except NotFiniteError:
+            return True
+        return False
+
     def _flags(self, prompt: Prompt) -> NDArray[np.bool_]:
         """Which cells of a prompt are evaluated for the pooling: all of the chosen kind, or the one that it takes."""
         chosen = self._chosen(prompt)
@@ -315,7 +350,7 @@ class Embedder:
                 parts = self._render(item.instruction, (*prepared, "" if self._truncate else item.text))
                 check_room(*count(parts, self._engine.text.tokenize), self._engine.n_ctx, _REMEDY)
             return self._fitted(item, [looks.finish(one) for one in prepared])
-        except InputError as error:
+        except (InputError, NotFiniteError) as error:
             raise error if item.number is None else number_error(error, item.number) from error
 
     def _check_poolable(self, item: WantedItem) -> None:

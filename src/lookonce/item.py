@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from typing_extensions import TypedDict
 
 from lookonce.embedding import ImageEmbedding
-from lookonce.errors import InputError
+from lookonce.errors import InputError, LookonceError
 from lookonce.images import PictureSource
 
 Picture = PictureSource | ImageEmbedding
+AnyError = TypeVar("AnyError", bound=LookonceError)
 
 
 class Item(TypedDict, total=False):
@@ -71,7 +73,7 @@ def _listed(images: object) -> Sequence[Picture]:
     return images
 
 
-def number_error(error: InputError, number: int) -> InputError:
+def number_error(error: AnyError, number: int) -> AnyError:
     """The same error, naming the item; to be raised from the error itself."""
     named = type(error)(f"item {number} cannot be embedded: {error}")
     named.item = number
