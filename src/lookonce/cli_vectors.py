@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, cast
@@ -217,10 +218,8 @@ def extract(
 
 
 def _print_stages(stages: "Stages", manifest: Path, as_json: bool) -> None:
-    shapes = {
-        name: list(getattr(stages, name).shape)
-        for name in ("vision_tokens", "projected_tokens", "deepstack_features", "lm_last_hidden")
-    }
+    saved = json.loads(manifest.read_text(encoding="utf-8"))["tensors"]
+    shapes = {name: tensor["shape"] for name, tensor in saved.items()}
     if as_json:
         write_json({"images": stages.pictures, "manifest": manifest, "shapes": shapes})
         return

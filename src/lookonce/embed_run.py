@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from lookonce.embed_input import Row
 from lookonce.errors import DeviceError, InputError, ModelFileError, NotFiniteError
-from lookonce.look_plan import check_picture
+from lookonce.look_plan import check_file
 
 if TYPE_CHECKING:
     from lookonce.embedder import Embedder
@@ -146,10 +146,10 @@ def _culprit(error: InputError | NotFiniteError) -> tuple[int, str]:
 
 
 def _picture_problem(row: Row) -> str:
-    """Why a picture cannot be opened: found out before the others of its batch cost work."""
+    """Why a picture's file cannot be used: most are found out before the others of their batch cost work."""
     try:
         for picture in row.pictures:
-            check_picture(picture)
+            check_file(picture)
     except InputError as error:
         return str(error)
     return ""

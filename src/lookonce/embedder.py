@@ -8,15 +8,16 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike
 from types import TracebackType
-from typing import Final, Literal
+from typing import Any, Final, Literal, overload
 
 import numpy as np
 from numpy.typing import NDArray
-from typing_extensions import Self
+from typing_extensions import Self, Unpack
 
 from lookonce.embedding import ImageEmbedding
+from lookonce.encoding import ArrayOptions, EncodeOptions, Encoding, check_flag
 from lookonce.engine import Engine
-from lookonce.errors import InputError, NotFiniteError
+from lookonce.errors import ClosedError, InputError, NotFiniteError
 from lookonce.item import (
     Item,
     Picture,
@@ -26,6 +27,7 @@ from lookonce.item import (
     checked_picture,
     checked_pictures,
     checked_text,
+    kind_of,
     number_error,
     read_items,
 )
@@ -99,7 +101,7 @@ class Embedder:
         pca: object | str | PathLike[str] | None = None,
     ) -> None:
         if not isinstance(model, Model):
-            raise InputError(f"model is a {type(model).__name__}: load one with lookonce.load and give that")
+            raise InputError(f"model is {kind_of(model)}: load one with lookonce.load and give that")
         self._engine = model.engine
         if (card := model.card) is not None:
             if instruction is None and prompt in (None, card.prompt or "chat"):  # it belongs to the card's prompt
@@ -108,11 +110,11 @@ class Embedder:
             prompt = card.prompt if prompt is None else prompt
         pooling, prompt = "last" if pooling is None else pooling, "chat" if prompt is None else prompt
         self._pooling = check_pooling(pooling)
-        layer_tensor(self._engine.text, layer)
+        self._layer, _ = layer_tensor(self._engine.text, layer)
         _check_choice("tokens", tokens, ("all", "text", "image"))
         _check_choice("prompt", prompt, ("chat", "plain"))
         self._tokens = tokens
-        self._normalize = normalize
+        self._normalize = check_flag("normalize", normalize)
         self._pca = None if pca is None else Principal.of(pca, self._engine.text.width)
         width = self._engine.text.width if self._pca is None else self._pca.dimension
         self.dimension: Final = width if dimension is None else check_number("dimension", dimension, width)
@@ -120,14 +122,30 @@ class Embedder:
         self._style = prompt
         self._look_options = LookOptions(min_pixels, max_pixels)
         self._engine.looker.check_options(self._look_options)
-        self._truncate = truncate
+        self._truncate = check_flag("truncate", truncate)
         self._one_each = self._pooling in ("last", "cls")
         self._runner = StateRunner(self._engine, layer, one_each=self._one_each)
+        self._closed = False
 
     @property
     def model_name(self) -> str:
         """The text model's own name."""
         return self._engine.name
+
+    def settings(self) -> dict[str, object]:
+        """What a text's vector depends on, in the types of JSON; the first time it reads the model's file."""
+        return {
+            "model": self._engine.name,
+            "fingerprint": self._engine.fingerprint,
+            "pooling": self._pooling,
+            "layer": self._layer,
+            "tokens": self._tokens,
+            "normalize": self._normalize,
+            "dimension": self.dimension,
+            "prompt": self._style,
+            "instruction": self._instruction,
+            "pca": None if self._pca is None else self._pca.digest(),
+        }
 
     def get_embedding_dimension(self) -> int:
         """`dimension`, as sentence-transformers spells it."""
@@ -146,8 +164,6 @@ class Embedder:
     ) -> Vector:
         """Vector of a text with one picture or several, which stand before it, (dimension,)."""
         pictures = checked_pictures(images if isinstance(images, list | tuple) else [images])
-        if not pictures:
-            raise InputError("there is no picture: give at least one, or use embed_text")
         return self._one(WantedItem(checked_text("text", text), pictures, checked_instruction(instruction)))
 
     def embed_batch(
@@ -191,43 +207,65 @@ class Embedder:
         """`embed_multimodal` without blocking the event loop."""
         return await asyncio.to_thread(self.embed_multimodal, text, images, instruction=instruction)
 
-    async def aembed_batch(self, items: Iterable[str | Item], *, batch_size: int = 256) -> Vector:
-        """`embed_batch` without blocking the event loop."""
-        return await asyncio.to_thread(self.embed_batch, items, batch_size=batch_size)
+    async def aembed_batch(
+        self,
+        items: Iterable[str | Item],
+        *,
+        batch_size: int = 256,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> Vector:
+        """`embed_batch` without blocking the event loop; `progress` is called in another thread."""
+        return await asyncio.to_thread(self.embed_batch, items, batch_size=batch_size, progress=progress)
 
+    @overload
     def encode(
         self,
         sentences: str | Item | Sequence[str | Item],
         *,
-        prompt: str | None = None,
-        batch_size: int = 256,
-        show_progress_bar: bool | None = None,
-        normalize_embeddings: bool | None = None,
-        truncate_dim: int | None = None,
-        convert_to_numpy: Literal[True] = True,
-    ) -> Vector:
+        convert_to_tensor: Literal[False] = False,
+        **options: Unpack[ArrayOptions],
+    ) -> Vector: ...
+
+    @overload
+    def encode(
+        self,
+        sentences: str | Item | Sequence[str | Item],
+        *,
+        convert_to_tensor: Literal[True],
+        **options: Unpack[ArrayOptions],
+    ) -> Any: ...
+
+    def encode(self, sentences: str | Item | Sequence[str | Item], **options: Unpack[EncodeOptions]) -> Any:
         """Vectors as sentence-transformers' `encode` gives them: (dimension,) for one input, (n, dimension) for many.
 
-        prompt: the instruction.
+        prompt: the instruction; a prompt_name is refused.
+        batch_size: as `embed_batch` takes it.
         show_progress_bar: draw one on a terminal's stderr.
         normalize_embeddings, truncate_dim: replace the embedder's `normalize`, and shorten its `dimension`.
-        convert_to_numpy: there for programs that give it; vectors are always arrays.
+        convert_to_tensor: give a torch tensor, on the CPU.
+        device: the model's own; precision, output_value, convert_to_numpy: their defaults alone.
         """
-        if convert_to_numpy is not True:
-            raise InputError(f"convert_to_numpy is {convert_to_numpy!r}: vectors are always arrays, leave it out")
+        given = Encoding(**options)
+        given.check_device(self._engine.device_names)
         single = isinstance(sentences, str | Mapping)
-        wanted = read_items([sentences] if isinstance(sentences, str | Mapping) else sentences, prompt)
-        dimension = (
-            self.dimension if truncate_dim is None else check_number("truncate_dim", truncate_dim, self.dimension)
-        )
-        with bar(total=len(wanted), what="Embedding") if show_progress_bar else nullcontext(_ignore) as advance:
+        wanted = read_items([sentences] if isinstance(sentences, str | Mapping) else sentences, given.prompt)
+        dimension = self.dimension
+        if given.truncate_dim is not None:
+            dimension = check_number("truncate_dim", given.truncate_dim, dimension)
+        drawn = bar(total=len(wanted), what="Embedding") if given.show_progress_bar else nullcontext(_ignore)
+        with drawn as advance:
             vectors = self._vectors(
-                wanted, batch_size=batch_size, dimension=dimension, normalized=normalize_embeddings, advance=advance
+                wanted,
+                batch_size=given.batch_size,
+                dimension=dimension,
+                normalized=given.normalize_embeddings,
+                advance=advance,
             )
-        return np.asarray(vectors[0]) if single else vectors
+        return given.converted(np.asarray(vectors[0]) if single else vectors)
 
     def prompts(self, items: Iterable[str | Item]) -> list[Prompt]:
         """What is evaluated for items, their pictures looked at, in their order."""
+        self._check_open()
         looks = _CallLooks(self._engine, self._look_options)
         return [self._prompt(item, looks) for item in read_items(items)]
 
@@ -238,7 +276,8 @@ class Embedder:
         self._pca.save(path)
 
     def close(self) -> None:
-        """Give the memory of the embedder's context back; may be called twice. The next vector makes it anew."""
+        """Give the memory of the embedder's context back; may be called twice."""
+        self._closed = True
         self._runner.close()
 
     def __enter__(self) -> Self:
@@ -246,6 +285,11 @@ class Embedder:
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self.close()
+
+    def _check_open(self) -> None:
+        if self._closed:
+            raise ClosedError("the embedder is closed: make it again with lookonce.Embedder(model)")
+        self._engine.check_open()
 
     def _one(self, wanted: WantedItem) -> Vector:
         return np.asarray(self._vectors([wanted])[0])
@@ -259,8 +303,10 @@ class Embedder:
         normalized: bool | None = None,
         advance: Callable[[int], object] = _ignore,
     ) -> Vector:
+        self._check_open()
         check_number("batch_size", batch_size, None)
-        vectors = np.empty((len(wanted), dimension or self.dimension), dtype=np.float32)
+        dimension = self.dimension if dimension is None else dimension
+        vectors = np.empty((len(wanted), dimension), dtype=np.float32)
         for numbers, prompts in self._batches(wanted, batch_size):
             try:
                 vectors[numbers] = cut(self._evaluate(prompts), dimension)
@@ -291,12 +337,12 @@ class Embedder:
             yield places, prompts
 
     def _evaluate(self, prompts: Sequence[Prompt]) -> Vector:
-        """Vectors of prompts, as long as `dimension` and not normalised."""
+        """Vectors of prompts, neither cut nor normalised."""
         states = self._runner.run(prompts, [self._flags(prompt) for prompt in prompts])
         pooled = np.stack([pool(one, self._pooling) for one in states])
         if self._pca is not None:
             pooled = self._pca.apply(normalize(pooled) if self._normalize else pooled)
-        return cut(pooled, self.dimension)
+        return pooled
 
     def _blame(self, failed: Sequence[tuple[WantedItem, Prompt]]) -> None:
         """Of items that failed together, raise the error of the first that fails alone, if other texts do not fail."""
@@ -388,7 +434,10 @@ class Embedder:
         told = self._instruction if instruction is None else instruction
         filled = tuple(part for part in parts if part != "")
         if self._style == "plain":
-            return filled if told is None else (f"{told}\n", *filled)
+            plain = filled if told is None else (f"{told}\n", *filled)
+            if self._engine.text.chat_template is not None:  # which alone says how a picture is written
+                self._engine.template.refuse_markup(Message("user", plain))
+            return plain
         messages = [Message("system", (_ended(told or DEFAULT_INSTRUCTION),)), Message("user", filled)]
         return self._engine.template.render(messages)
 
