@@ -408,9 +408,7 @@ def test_pixel_limits_hold_for_every_picture_of_the_embedder(model: Model, runs:
 
 
 def test_many_pictures_are_not_held_in_memory_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lookonce import embedder as module
-
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 12)
+    monkeypatch.setattr("lookonce.embedder.ROWS_AT_ONCE", 12)
     told: list[int] = []
     looks = [make_look(seed) for seed in range(7)]
     items: list[Any] = ["a", *({"image": look} for look in looks)]
@@ -423,7 +421,7 @@ def test_many_pictures_are_not_held_in_memory_together(model: Model, monkeypatch
 def test_pictures_that_come_again_stand_side_by_side_whatever_their_texts(
     own: Model, runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lookonce.embedder._ROWS_AT_ONCE", 8)  # no two looks are held
+    monkeypatch.setattr("lookonce.embed_prompt.ROWS_AT_ONCE", 8)  # no two looks are held
     pictures = [make_picture(seed) for seed in range(3)]
     items: list[Any] = [{"text": "long " * n, "image": picture} for n in (1, 9) for picture in pictures]
     with Embedder(own) as embedder:
@@ -765,9 +763,7 @@ def test_a_closed_embedder_refuses_vectors(model: Model) -> None:
         lambda: embedder.encode([]),
         lambda: embedder.prompts(["a cat"]),
     ):
-        with pytest.raises(
-            ClosedError, match=r"^the embedder is closed: make it again with lookonce"
-        ):
+        with pytest.raises(ClosedError, match=r"^the embedder is closed: make it again with lookonce"):
             call()
 
 

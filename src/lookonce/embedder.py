@@ -1,9 +1,6 @@
 """Vectors for retrieval: texts, pictures and both together, pooled from the text model's hidden states."""
 
 import asyncio
-import logging
-import unicodedata
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from os import PathLike
@@ -14,9 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 from typing_extensions import Self, Unpack
 
-from lookonce.embedding import ImageEmbedding
+from lookonce.embed_prompt import ROWS_AT_ONCE, CallLooks, PromptMaker, PromptStyle
 from lookonce.encoding import ArrayOptions, EncodeOptions, Encoding, check_flag
-from lookonce.engine import Engine
 from lookonce.errors import ClosedError, InputError, NotFiniteError
 from lookonce.item import (
     Item,
@@ -31,29 +27,21 @@ from lookonce.item import (
     number_error,
     read_items,
 )
-from lookonce.looker import LookOptions, PendingLook
+from lookonce.looker import LookOptions
 from lookonce.model import Model
 from lookonce.native.hidden import layer_tensor
 from lookonce.pooling import Pooling, check_pooling, cut, normalize, pool
 from lookonce.principal import Principal
-from lookonce.prompt import Message, Part, Prompt, RowRun, count
-from lookonce.states import StateRunner, check_room
+from lookonce.prompt import Prompt, RowRun
+from lookonce.states import StateRunner
 from lookonce.terminal import bar
 
-logger = logging.getLogger(__name__)
-
 Vector = NDArray[np.float32]
-PromptStyle = Literal["chat", "plain"]
 PooledTokens = Literal["all", "text", "image"]
 
-# Qwen3-VL-Embedding's own prompt: QwenLM/Qwen3-VL-Embedding, src/models/qwen3_vl_embedding.py.
-DEFAULT_INSTRUCTION: Final = "Represent the user's input."
-_REMEDY: Final = "shorten the text, or make the embedder with truncate=True"
 _CHANGE: Final = "leave it out, or write it otherwise"
 _PROBE: Final = "a"  # a text that every sound model takes
-_NAMED_CHARACTERS: Final = 40  # of a text, to tell it from others
 _STATES_AT_ONCE: Final = 16_384  # hidden states in memory before they are pooled: 128 MB for a model of 2 B
-_ROWS_AT_ONCE: Final = 4096  # image rows in memory before they are evaluated: 64 MB for a model of 2 B
 
 
 def _ignore(_: int) -> None:
@@ -122,7 +110,13 @@ class Embedder:
         self._style = prompt
         self._look_options = LookOptions(min_pixels, max_pixels)
         self._engine.looker.check_options(self._look_options)
-        self._truncate = check_flag("truncate", truncate)
+        self._maker = PromptMaker(
+            self._engine,
+            prompt,
+            self._instruction,
+            truncate=check_flag("truncate", truncate),
+            needs_picture=tokens == "image",
+        )
         self._one_each = self._pooling in ("last", "cls")
         self._runner = StateRunner(self._engine, layer, one_each=self._one_each)
         self._closed = False
@@ -266,8 +260,8 @@ class Embedder:
     def prompts(self, items: Iterable[str | Item]) -> list[Prompt]:
         """What is evaluated for items, their pictures looked at, in their order."""
         self._check_open()
-        looks = _CallLooks(self._engine, self._look_options)
-        return [self._prompt(item, looks) for item in read_items(items)]
+        looks = CallLooks(self._engine, self._look_options)
+        return [self._maker.make(item, looks) for item in read_items(items)]
 
     def save_pca(self, path: str | PathLike[str]) -> None:
         """Write the PCA in use to a `.npz` file. Raises InputError where there is none."""
@@ -319,17 +313,17 @@ class Embedder:
 
     def _batches(self, wanted: Sequence[WantedItem], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
         """Places and prompts of what is evaluated together."""
-        looks = _CallLooks(self._engine, self._look_options)
+        looks = CallLooks(self._engine, self._look_options)
         places: list[int] = []
         prompts: list[Prompt] = []
         n_rows = n_states = 0
         for place in _order(wanted):
-            prompt = self._prompt(wanted[place], looks)
+            prompt = self._maker.make(wanted[place], looks)
             places.append(place)
             prompts.append(prompt)
             n_rows += prompt.n_rows
             n_states += 1 if self._one_each else prompt.n_tokens + prompt.n_rows
-            if len(prompts) == batch_size or n_rows >= _ROWS_AT_ONCE or n_states >= _STATES_AT_ONCE:
+            if len(prompts) == batch_size or n_rows >= ROWS_AT_ONCE or n_states >= _STATES_AT_ONCE:
                 yield places, prompts
                 places, prompts = [], []
                 n_rows = n_states = 0
@@ -346,7 +340,7 @@ class Embedder:
 
     def _blame(self, failed: Sequence[tuple[WantedItem, Prompt]]) -> None:
         """Of items that failed together, raise the error of the first that fails alone, if other texts do not fail."""
-        probe = self._engine.plain_prompt(self._render(None, (_PROBE,)))
+        probe = self._engine.plain_prompt(self._maker.render(None, (_PROBE,)))
         last = np.zeros(probe.n_tokens, dtype=np.bool_)
         last[-1] = True
         if self._fails([probe], [last]):
@@ -387,60 +381,6 @@ class Embedder:
             return np.ones_like(rows)
         return rows if self._tokens == "image" else ~rows
 
-    def _prompt(self, item: WantedItem, looks: "_CallLooks") -> Prompt:
-        """An item's prompt, its pictures looked at. Raises InputError's kinds, with the item's number if it has one."""
-        try:
-            self._check_poolable(item)
-            prepared = [looks.prepare(picture) for picture in item.pictures]
-            if prepared:  # before they cost work
-                parts = self._render(item.instruction, (*prepared, "" if self._truncate else item.text))
-                check_room(*count(parts, self._engine.text.tokenize), self._engine.n_ctx, _REMEDY)
-            return self._fitted(item, [looks.finish(one) for one in prepared])
-        except (InputError, NotFiniteError) as error:
-            raise error if item.number is None else number_error(error, item.number) from error
-
-    def _check_poolable(self, item: WantedItem) -> None:
-        if self._tokens == "image" and not item.pictures:
-            raise InputError("tokens is 'image', but there is no picture: give one, or pool other tokens")
-
-    def _fitted(self, item: WantedItem, looks: Sequence[ImageEmbedding]) -> Prompt:
-        """The item's prompt; of a text that does not fit the context, as much as does if `truncate` says so."""
-        engine, text = self._engine, item.text
-        n_before = n_tokens = 0
-        while True:
-            prompt = engine.plain_prompt(self._render(item.instruction, (*looks, text)))
-            over = prompt.n_tokens + prompt.n_rows - engine.n_ctx
-            if over <= 0:
-                break
-            tokens = engine.text.tokenize(text)
-            if not self._truncate or len(tokens) <= over:
-                check_room(prompt.n_tokens, prompt.n_rows, engine.n_ctx, _REMEDY)
-            n_before, n_tokens = n_before or len(tokens), len(tokens) - over
-            kept = b"".join(engine.text.piece(token, special=True) for token in tokens[:n_tokens])
-            text = kept.decode("utf-8", errors="ignore")  # a character can be cut in two
-            if not text:
-                check_room(prompt.n_tokens, prompt.n_rows, engine.n_ctx, _REMEDY)
-        if n_before:
-            logger.warning(
-                "the text that begins with %r was cut from %d tokens to %d to fit the context",
-                item.text[:_NAMED_CHARACTERS],
-                n_before,
-                n_tokens,
-            )
-        return prompt
-
-    def _render(self, instruction: str | None, parts: Sequence[Part]) -> tuple[Part, ...]:
-        """What stands in the prompt, for pictures and a text that may be empty."""
-        told = self._instruction if instruction is None else instruction
-        filled = tuple(part for part in parts if part != "")
-        if self._style == "plain":
-            plain = filled if told is None else (f"{told}\n", *filled)
-            if self._engine.text.chat_template is not None:  # which alone says how a picture is written
-                self._engine.template.refuse_markup(Message("user", plain))
-            return plain
-        messages = [Message("system", (_ended(told or DEFAULT_INSTRUCTION),)), Message("user", filled)]
-        return self._engine.template.render(messages)
-
 
 def _order(wanted: Sequence[WantedItem]) -> list[int]:
     """Places in the order of work: texts of one length side by side, then pictures, those of the same one likewise."""
@@ -455,36 +395,6 @@ def _order(wanted: Sequence[WantedItem]) -> list[int]:
         return True, first.setdefault(name, place), -len(item.text)
 
     return sorted(range(len(wanted)), key=rank)
-
-
-class _CallLooks:
-    """The looks of one call: a picture that comes again, near enough to be held still, is not encoded again."""
-
-    def __init__(self, engine: Engine, options: LookOptions) -> None:
-        self._engine = engine
-        self._options = options
-        self._held: OrderedDict[str, ImageEmbedding] = OrderedDict()
-
-    def prepare(self, picture: Picture) -> ImageEmbedding | PendingLook:
-        """The picture's look, or the picture made ready for the tower."""
-        (prepared,) = self._engine.prepare([picture], self._options)
-        return prepared
-
-    def finish(self, prepared: ImageEmbedding | PendingLook) -> ImageEmbedding:
-        """The look, through the tower where it is not held."""
-        if isinstance(prepared, ImageEmbedding):
-            return prepared
-        look = self._held.pop(prepared.key, None) or self._engine.finish([prepared])[0]
-        self._held[prepared.key] = look
-        while len(self._held) > 1 and sum(one.n_rows for one in self._held.values()) > _ROWS_AT_ONCE:
-            self._held.popitem(last=False)
-        return look
-
-
-def _ended(instruction: str) -> str:
-    """The instruction with a full stop where it ends without punctuation, as Qwen3-VL-Embedding has it."""
-    instruction = instruction.strip()
-    return instruction if unicodedata.category(instruction[-1]).startswith("P") else instruction + "."
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -161,14 +161,14 @@ class PartFile:
             self._journal_path.unlink()
 
     def summary(self) -> str:
-        """One line about the finished file."""
+        """A line about the finished file."""
         facts = [f"{_counted(self._mark.vectors, 'vector')} of {self._mark.dimension} values"]
         if self._n_resumed:
             facts.append(f"{_counted(self._n_resumed, 'row')} done before")
         if self._n_skipped:
             listed = f" ({self.skipped_file})" if self._is_npy else ""
             facts.append(f"{_counted(self._n_skipped, 'row')} passed over{listed}")
-        return f"{self.target}: {', '.join(facts)}"
+        return f"{self.target}: {', '.join(facts)}\n"
 
     def _encode(self, batch: EmbeddedBatch) -> bytes:
         if not self._is_npy:

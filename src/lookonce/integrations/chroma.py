@@ -29,7 +29,7 @@ class EmbeddingFunction(ChromaFunction[Documents]):
         self._query_instruction = query_instruction
         self._config = embedder.settings()
         # A function's name is all that Chroma compares when a collection is opened, so an instance's says everything.
-        vars(self)["name"] = lambda: _full_name(self._config)
+        self.__dict__["name"] = lambda: _full_name(self._config)
         known_embedding_functions[_full_name(self._config)] = type(self)
 
     def __call__(self, input: Documents) -> Embeddings:
@@ -69,7 +69,7 @@ class _Forgotten(EmbeddingFunction):
     def __init__(self, config: dict[str, Any]) -> None:
         self._config = config
         self._query_instruction = None
-        vars(self)["name"] = lambda: _full_name(config)
+        self.__dict__["name"] = lambda: _full_name(config)
 
     def _embed(self, texts: Documents, instruction: str | None) -> Embeddings:
         raise InputError(
