@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 import lookonce
-from lookonce import cli, doctor, model
+from lookonce import cli, doctor, images, model
 from lookonce.embedder import Embedder
 
 FAST = ("--threads", "1", "--n-ctx", "512")
@@ -161,6 +161,24 @@ def test_a_bad_line_of_a_file_is_refused_before_the_model_is_loaded(
     )
     assert "text 2 cannot be embedded" in refused(capsys, "embed", "good", " ", "-o", "v.npy")
     assert "none.png" in refused(capsys, "embed", "good", "-i", "none.png", "-o", "v.npy")
+    Path("empty.jsonl").write_text("\n")
+    assert "'empty.jsonl' has no rows, there is nothing to embed" in refused(capsys, "embed", "--input", "empty.jsonl")
+
+
+def test_each_picture_is_decoded_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[object] = []
+    real = images.open_picture
+
+    def counting(source: images.PictureSource, name: str | None = None) -> images.Picture:
+        decoded.append(name)
+        return real(source, name)
+
+    monkeypatch.setattr(images, "open_picture", counting)
+    embed(capsys, "-i", "cat.png", "-i", "dog.png", "--no-store")
+    assert decoded == ["cat.png", "dog.png"]
+    write_lines("in.jsonl", {"image": "cat.png"}, {"text": "both", "images": ["dog.png"]})
+    embed(capsys, "--input", "in.jsonl", "--no-store")
+    assert decoded == ["cat.png", "dog.png"] * 2
 
 
 def test_bad_rows_are_passed_over_on_request_and_told_by_their_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -269,8 +287,8 @@ def test_extract_saves_each_pictures_stages_in_a_folder_of_its_name(capsys: pyte
     means = ["lm_pooled_mean.npy", "manifest.json", "projected_pooled_mean.npy", "vision_pooled_mean.npy"]
     for name in ("cat", "dog"):
         assert sorted(path.name for path in Path("out", name).iterdir()) == means
-    n_rows = told[0]["shapes"]["projected_tokens"][0]
-    assert told[0]["shapes"]["vision_tokens"][0] == 4 * n_rows
+    shapes = {"vision_pooled_mean": [1, 128], "projected_pooled_mean": [1, 256], "lm_pooled_mean": [1, 256]}
+    assert [one["shapes"] for one in told] == [shapes, shapes]
     assert not np.array_equal(np.load("out/cat/lm_pooled_mean.npy"), np.load("out/dog/lm_pooled_mean.npy"))
 
 
@@ -280,7 +298,9 @@ def test_extract_saves_the_tensors_on_request_and_takes_pictures_together(
     options = ("--together", "--save-tokens", "--prompt", "Which?", "--layer", "0", "--vision-layer", "1")
     status, out, err = run_here(capsys, "extract", "cat.png", "dog.png", "--outdir", "out", *options, *FAST)
     assert (status, err) == (0, "")
-    assert out.startswith("cat.png, dog.png: vision_tokens ")
+    told = out.removeprefix("cat.png, dog.png: ").split(", saved in ")[0].split(", ")
+    assert {one.split()[0] for one in told} == {path.stem for path in Path("out/cat").glob("*.npy")}
+    assert any(one.startswith("vision_layer_1 ") for one in told)
     assert out.endswith(f"saved in {Path('out', 'cat')}\n")
     assert [path.name for path in Path("out").iterdir()] == ["cat"]
     manifest = json.loads(Path("out/cat/manifest.json").read_text())

@@ -270,6 +270,48 @@ def test_a_run_cut_off_at_any_instant_goes_on_to_the_same_bytes_and_does_nothing
     assert resumed_at == {0, 4, 8, 12, 16, 18}
 
 
+def kill_at_the_end(target: Path) -> None:
+    """A whole run, killed when its target is in place and its journal about to be removed."""
+    code = f"""
+import os, signal, sys
+from pathlib import Path
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import test_embed_run as runs
+unlink = Path.unlink
+def kill(path, **options):
+    if path.name.endswith(".part.jsonl"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    unlink(path, **options)
+Path.unlink = kill
+runs.run(Path({str(target)!r}), runs.TEXTS)
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=120).returncode == -signal.SIGKILL
+    assert target.exists()
+    assert target.with_name(f"{target.name}.part.jsonl").exists()
+
+
+@pytest.mark.parametrize("name", ["v.npy", "v.jsonl"])
+def test_a_run_killed_when_only_its_journal_was_left_is_done(tmp_path: Path, name: str) -> None:
+    target = tmp_path / name
+    kill_at_the_end(target)
+    whole = target.read_bytes()
+    embedder, resumed = run(target, TEXTS)
+    assert (resumed, embedder.batches, target.read_bytes()) == (len(TEXTS), [], whole)
+    assert not list(tmp_path.glob("*.part*"))
+    kill_at_the_end(target)
+    with pytest.raises(InputError, match="have changed"):
+        run(target, TEXTS[::-1])
+    assert target.read_bytes() == whole
+    embedder, resumed = run(target, [*TEXTS, "one more"])
+    assert (resumed, embedder.batches) == (len(TEXTS), [["one more"]])
+    kill_at_the_end(target)
+    assert run(target, TEXTS, pooling="mean")[1] == 0
+    kill_at_the_end(target)
+    (other := tmp_path / "other").write_bytes(target.read_bytes())
+    other.replace(target)
+    assert run(target, TEXTS)[1] == 0
+
+
 def begin(target: Path) -> None:
     """Leave a part of eight rows."""
     with pytest.raises(InputError):

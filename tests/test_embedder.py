@@ -2,7 +2,9 @@
 
 import asyncio
 import gc
+import importlib.util
 import io
+import json
 import logging
 import shutil
 import threading
@@ -19,8 +21,10 @@ from PIL import Image
 import lookonce
 from card_maker import write_card
 from look_maker import make_look, make_picture
+from lookonce.embed_input import read_rows
+from lookonce.embed_run import EmbeddedBatch, embed_rows
 from lookonce.embedder import Embedder
-from lookonce.errors import ClosedError, ContextError, InputError, MismatchError, NativeError, PictureError
+from lookonce.errors import ClosedError, ContextError, InputError, MismatchError, NativeError, PictureError, PromptError
 from lookonce.model import Model
 from lookonce.native import text
 from lookonce.native.hidden import HiddenContext
@@ -143,6 +147,9 @@ def test_progress_counts_the_items_that_are_done(embedder: Embedder) -> None:
     told: list[tuple[int, int]] = []
     embedder.embed_batch(ITEMS, batch_size=4, progress=lambda done, count: told.append((done, count)))
     assert told == [(4, 9), (8, 9), (9, 9)]
+    told.clear()
+    asyncio.run(embedder.aembed_batch(ITEMS, batch_size=4, progress=lambda done, count: told.append((done, count))))
+    assert told == [(4, 9), (8, 9), (9, 9)]
 
 
 def test_the_poolings_pool_the_chosen_tokens(model: Model) -> None:
@@ -242,6 +249,16 @@ def test_a_plain_prompt_is_the_input_alone_or_after_an_instruction(model: Model)
     assert written(model, told, {"text": "a cat", "image": A}) == f"Find it\n{FRAME}a cat"
 
 
+@pytest.mark.parametrize("prompt", ["chat", "plain"])
+def test_the_marks_of_a_picture_may_not_stand_in_a_text(model: Model, prompt: Any) -> None:
+    embedder = Embedder(model, prompt=prompt)
+    for mark in ("<|image_pad|>", "<|vision_start|>"):
+        with pytest.raises(PromptError, match="which only a picture may place"):
+            embedder.embed_text(f"a {mark} cat")
+    with pytest.raises(PromptError, match="which only a picture may place"):
+        embedder.embed_text("a cat", instruction="Find <|image_pad|>")
+
+
 # --- normalising, cutting, PCA
 
 
@@ -337,6 +354,24 @@ def test_encode_normalises_as_it_is_told(model: Model) -> None:
         assert lengths[0] == pytest.approx(lengths[1 if normalized else 2], rel=1e-5)
 
 
+def test_encode_takes_the_defaults_of_sentence_transformers_and_no_other_name(embedder: Embedder) -> None:
+    given = {"prompt_name": None, "output_value": "sentence_embedding", "precision": "float32", "device": "cpu"}
+    vector = embedder.encode("a cat", **given, convert_to_numpy=True, convert_to_tensor=False)  # type: ignore[call-overload]
+    assert vector == pytest.approx(embedder.embed_text("a cat"), abs=1e-6)
+    with pytest.raises(TypeError, match="chunks"):
+        embedder.encode("a cat", chunks=3)  # type: ignore[call-overload]
+
+
+def test_encode_gives_a_tensor_where_torch_is_installed(embedder: Embedder) -> None:
+    if importlib.util.find_spec("torch") is None:
+        with pytest.raises(InputError, match="needs torch, which is not installed"):
+            embedder.encode("a cat", convert_to_tensor=True)
+    else:
+        tensor = embedder.encode("a cat", convert_to_tensor=True)
+        assert type(tensor).__name__ == "Tensor"
+        assert tensor.numpy() == pytest.approx(embedder.embed_text("a cat"), abs=1e-6)
+
+
 # --- pictures and the tower
 
 
@@ -373,9 +408,7 @@ def test_pixel_limits_hold_for_every_picture_of_the_embedder(model: Model, runs:
 
 
 def test_many_pictures_are_not_held_in_memory_together(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lookonce import embedder as module
-
-    monkeypatch.setattr(module, "_ROWS_AT_ONCE", 12)
+    monkeypatch.setattr("lookonce.embedder.ROWS_AT_ONCE", 12)
     told: list[int] = []
     looks = [make_look(seed) for seed in range(7)]
     items: list[Any] = ["a", *({"image": look} for look in looks)]
@@ -388,7 +421,7 @@ def test_many_pictures_are_not_held_in_memory_together(model: Model, monkeypatch
 def test_pictures_that_come_again_stand_side_by_side_whatever_their_texts(
     own: Model, runs: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lookonce.embedder._ROWS_AT_ONCE", 8)  # no two looks are held
+    monkeypatch.setattr("lookonce.embed_prompt.ROWS_AT_ONCE", 8)  # no two looks are held
     pictures = [make_picture(seed) for seed in range(3)]
     items: list[Any] = [{"text": "long " * n, "image": picture} for n in (1, 9) for picture in pictures]
     with Embedder(own) as embedder:
@@ -490,13 +523,15 @@ BAD_OPTIONS: dict[str, tuple[dict[str, Any], str]] = {
     "dimension True": ({"dimension": True}, "dimension is True"),
     "dimension in words": ({"dimension": "64"}, "dimension is '64'"),
     "empty instruction": ({"instruction": " "}, "instruction is empty"),
-    "instruction of another type": ({"instruction": 3}, "instruction is a int"),
+    "instruction of another type": ({"instruction": 3}, "instruction is an int"),
     "pooling that is an array": ({"pooling": np.zeros(2)}, "pooling is array"),
     "tokens that are an array": ({"tokens": np.zeros(2)}, "tokens is array"),
     "limits the wrong way round": ({"min_pixels": 10_000, "max_pixels": 5_000}, "min_pixels"),
     "a negative limit": ({"min_pixels": -1}, "min_pixels"),
     "pca": ({"pca": object()}, "give a fitted scikit-learn PCA"),
-    "pca file": ({"pca": "missing.npz"}, "is no saved PCA"),
+    "pca file": ({"pca": "missing.npz"}, "does not exist"),
+    "normalize in words": ({"normalize": "no"}, "normalize is 'no': give True or False"),
+    "truncate as a number": ({"truncate": 1}, "truncate is 1: give True or False"),
 }
 
 
@@ -523,6 +558,7 @@ BAD_CALLS: dict[str, tuple[Callable[[Embedder], Any], str]] = {
     "a picture of another type": (lambda e: e.embed_image(3), "int"),  # type: ignore[arg-type]
     "a list for one picture": (lambda e: e.embed_image([A]), "list"),  # type: ignore[arg-type]
     "no pictures": (lambda e: e.embed_multimodal("a", []), "there is no picture: give at least one"),
+    "None for pictures": (lambda e: e.embed_multimodal("a", None), "a picture is None"),  # type: ignore[arg-type]
     "None among pictures": (lambda e: e.embed_multimodal("a", [A, None]), "a picture is None"),  # type: ignore[list-item]
     "empty text beside a picture": (lambda e: e.embed_multimodal("", A), "text is empty"),
     "empty batch": (lambda e: e.embed_batch([]), "there is nothing to embed: give at least one item"),
@@ -534,6 +570,12 @@ BAD_CALLS: dict[str, tuple[Callable[[Embedder], Any], str]] = {
     "half a batch size": (lambda e: e.encode(["a"], batch_size=1.5), "batch_size is 1.5"),  # type: ignore[arg-type]
     "nothing to encode": (lambda e: e.encode(None), "give a list"),  # type: ignore[arg-type]
     "an empty prompt": (lambda e: e.encode("a", prompt=""), "instruction is empty"),
+    "the name of a prompt": (lambda e: e.encode("a", prompt_name="query"), "prompt_name is 'query': .* give its text"),
+    "values of tokens": (lambda e: e.encode("a", output_value="token_embeddings"), "output_value is 'token_emb"),
+    "bytes for values": (lambda e: e.encode("a", precision="int8"), "precision is 'int8': leave it out"),
+    "another device": (lambda e: e.encode("a", device="tpu"), "device is 'tpu', but the model is on cpu"),
+    "neither arrays nor a tensor": (lambda e: e.encode("a", convert_to_numpy=False), "convert_to_numpy is False"),
+    "a norm in words": (lambda e: e.encode("a", normalize_embeddings="no"), "normalize_embeddings is 'no'"),  # type: ignore[call-overload]
     "a PCA that is not there": (lambda e: e.save_pca("pca.npz"), "has no PCA to save: make it with pca="),
 }
 
@@ -571,9 +613,73 @@ def test_a_damaged_model_gives_an_error_and_no_vector(tiny_pair: Pair, tmp_path:
     reader.data.flush()
     del norm, reader
     with lookonce.load(path, **EXACT) as broken:
-        with pytest.raises(NativeError, match="gave values that are not finite: its file is damaged, fetch it again"):
+        with pytest.raises(
+            NativeError, match="not finite: the model file may be damaged, check it with `lookonce models"
+        ):
             Embedder(broken).embed_text("a cat")
         assert np.isfinite(Embedder(broken, layer=-2).embed_text("a cat")).all()
+
+
+@pytest.fixture
+def scarred(tiny_pair: Pair, tmp_path: Path) -> Path:
+    """A model that gives no finite values for texts with a Z, and sound ones for all others."""
+    path = tmp_path / tiny_pair[0].name
+    shutil.copy(tiny_pair[0], path)
+    with lookonce.load(path, n_ctx=256, **EXACT) as whole:
+        (token,) = whole.engine.text.tokenize("Z")
+    reader = GGUFReader(path, "r+")
+    (table,) = (tensor for tensor in reader.tensors if tensor.name == "token_embd.weight")
+    table.data[token] = np.nan
+    reader.data.flush()
+    del table, reader
+    return path
+
+
+def test_an_item_that_alone_gives_no_finite_vector_is_named_and_the_file_is_not_blamed(scarred: Path) -> None:
+    with lookonce.load(scarred, n_ctx=256, **EXACT) as model, Embedder(model) as embedder:
+        with pytest.raises(
+            NativeError, match=r"^item 1 cannot be embedded: .* gave values for it that are not finite"
+        ) as caught:
+            embedder.embed_batch(["a cat", "Z", "a dog"])
+        assert caught.value.item == 1
+        with pytest.raises(
+            NativeError, match=r"gave values for it that are not finite, but not for others: leave it out"
+        ):
+            embedder.embed_text("Z")
+        assert np.isfinite(embedder.embed_batch(["a cat", "a dog"])).all()
+
+
+def test_a_row_without_a_finite_vector_is_told_by_its_line_and_passed_over(
+    scarred: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    lines = b"".join(json.dumps({"text": text}).encode() + b"\n" for text in ("a cat", "Z", "a dog", "Z Z"))
+    with lookonce.load(scarred, n_ctx=256, **EXACT) as model:
+
+        def run(skip_errors: bool) -> list[EmbeddedBatch]:
+            sink = Kept()
+            rows = read_rows(io.BytesIO(lines))
+            embed_rows(lambda: Embedder(model), rows, sink, batch_size=4, skip_errors=skip_errors)
+            return sink.batches
+
+        (batch,) = run(True)
+        assert [row.index for row in batch.kept] == [0, 2]
+        assert [one.label for one in batch.skipped] == ["line 2", "line 4"]
+        assert np.isfinite(batch.vectors).all()
+        with pytest.raises(InputError, match=r"^line 2 cannot be embedded: .* gave values for it that are not finite"):
+            run(False)
+
+
+class Kept:
+    """A sink that holds what it is given."""
+
+    def __init__(self) -> None:
+        self.batches: list[EmbeddedBatch] = []
+
+    def append(self, batch: EmbeddedBatch) -> None:
+        self.batches.append(batch)
+
+    def finish(self) -> None:
+        pass
 
 
 # --- threads, the event loop, memory
@@ -642,7 +748,23 @@ def test_a_closed_model_refuses_vectors_and_its_embedder_can_be_closed(own: Mode
         embedder.embed_text("a cat")
     with pytest.raises(ClosedError, match="load it again"):
         embedder.embed_batch(["a cat", {"image": make_picture(0)}])
+    with pytest.raises(ClosedError, match="load it again"):
+        embedder.encode([])
     embedder.close()
+
+
+def test_a_closed_embedder_refuses_vectors(model: Model) -> None:
+    with Embedder(model) as embedder:
+        embedder.embed_text("a cat")
+    embedder.close()
+    for call in (
+        lambda: embedder.embed_text("a cat"),
+        lambda: embedder.embed_batch([{"image": A}]),
+        lambda: embedder.encode([]),
+        lambda: embedder.prompts(["a cat"]),
+    ):
+        with pytest.raises(ClosedError, match=r"^the embedder is closed: make it again with lookonce"):
+            call()
 
 
 class Contexts:
@@ -677,14 +799,17 @@ def test_a_contexts_memory_is_given_back_when_it_is_outgrown_closed_or_forgotten
     embedder.close()
     assert contexts.alive == 0
     with Embedder(own) as other:
-        first = other.embed_text("a cat")
+        other.embed_text("a cat")
         assert contexts.alive == 1
     assert contexts.alive == 0
-    assert other.embed_text("a cat") == pytest.approx(first, abs=1e-6)
-    del other
+    forgotten = Embedder(own)
+    forgotten.embed_text("a cat")
+    assert contexts.alive == 1
+    del forgotten
     gc.collect()
     assert contexts.alive == 0
-    embedder.embed_text("a cat")
+    last = Embedder(own)
+    last.embed_text("a cat")
     own.close()
     assert contexts.alive == 0
 

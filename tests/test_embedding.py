@@ -409,5 +409,5 @@ def test_rows_are_stored_as_f16_unless_one_overflows_or_f32_is_asked_for() -> No
 def test_fresh_rows_that_are_not_finite_are_a_native_error(value: float, dtype: Any) -> None:
     rows = np.zeros((2, 2), np.float32)
     rows[1, 0] = value
-    with pytest.raises(NativeError, match="projector file is damaged"):
+    with pytest.raises(NativeError, match="its file may be damaged"):
         to_stored_type(rows, dtype)

@@ -22,9 +22,12 @@ def test_items_of_every_kind_come_into_one_form() -> None:
 
 
 def test_an_item_that_is_none_of_a_key_lacks_it() -> None:
-    given: Any = {"text": "a", "image": None, "images": None, "instruction": None}
-    (made,) = read_items([given])
-    assert (made.text, made.pictures, made.instruction) == ("a", (), None)
+    text: Any = {"text": "a", "instruction": None}
+    picture: Any = {"text": None, "image": PICTURE}
+    assert [(one.text, len(one.pictures), one.instruction) for one in read_items([text, picture])] == [
+        ("a", 0, None),
+        ("", 1, None),
+    ]
 
 
 def test_the_calls_instruction_is_for_items_without_their_own() -> None:
@@ -39,22 +42,25 @@ def test_any_iterable_of_items_is_read() -> None:
 
 BAD_ITEMS: dict[str, tuple[Any, str]] = {
     "None": (None, "it is a NoneType: give a text or a mapping"),
-    "a number": (3, "it is a int"),
+    "a number": (3, "it is an int"),
     "an empty text": ("", "text is empty: write something"),
     "half a character": ("a\ud800", r"text holds half a surrogate pair, '\\ud800', at 1: give whole"),
     "blanks": (" \n", "text is empty"),
     "nothing in it": ({}, "it has neither a text nor a picture"),
     "only an instruction": ({"instruction": "x"}, "it has neither a text nor a picture"),
     "only None": ({"text": None}, "it has neither a text nor a picture"),
-    "no pictures": ({"images": []}, "it has neither a text nor a picture"),
+    "no pictures": ({"images": []}, "there is no picture: give at least one"),
+    "no pictures beside a text": ({"text": "a", "images": []}, "there is no picture: give at least one"),
+    "None for a picture": ({"text": "a", "image": None}, "a picture is None"),
+    "None for pictures": ({"text": "a", "images": None}, "images is a NoneType: give a list"),
     "an unknown key": ({"text": "a", "picture": "x.png"}, "the key 'picture': use text, image, images, instruction"),
     "a key that is no text": ({3: "a"}, "the key '3'"),
-    "a text that is none": ({"text": 3}, "text is a int: give a text"),
+    "a text that is none": ({"text": 3}, "text is an int: give a text"),
     "an empty text beside a picture": ({"text": "", "image": "x.png"}, "text is empty"),
     "one picture for many": ({"images": "x.png"}, "images is a str: give a list of pictures"),
     "one array for many": ({"images": PICTURE}, "images is a ndarray: give a list of pictures"),
     "None among pictures": ({"images": ["x.png", None]}, "a picture is None"),
-    "an instruction that is none": ({"text": "a", "instruction": 3}, "instruction is a int"),
+    "an instruction that is none": ({"text": "a", "instruction": 3}, "instruction is an int"),
     "an empty instruction": ({"text": "a", "instruction": " "}, "instruction is empty"),
 }
 

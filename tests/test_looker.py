@@ -447,7 +447,7 @@ def test_a_projector_with_nan_weights_is_a_native_error_and_nothing_is_kept(
 
     broken = tmp_path / "mmproj.gguf"
     change_tensor(folder / "mmproj.gguf", broken, "mm.0.weight", spoil)
-    with pytest.raises(NativeError, match="not finite: the projector file is damaged"):
+    with pytest.raises(NativeError, match="not finite: its file may be damaged"):
         load(mmproj=broken).look(photo)
     with Store(tmp_path / "store") as store:
         assert list(store.entries()) == []

@@ -63,9 +63,16 @@ def test_a_pca_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> N
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_pca_that_was_not_fitted_is_refused_as_such() -> None:
+    with pytest.raises(
+        InputError, match=r"^the SimpleNamespace is not fitted: fit it on this embedder's vec"
+    ):
+        Principal.of(SimpleNamespace(fit=None), WIDTH)
+
+
 @pytest.mark.parametrize("pca", [object(), 3, {"mean": 1}, SimpleNamespace(n_components=3)])
 def test_what_is_no_fitted_pca_is_refused(pca: object) -> None:
-    with pytest.raises(InputError, match="give a fitted scikit-learn PCA or a saved one's file"):
+    with pytest.raises(InputError, match=r"^pca is an? \w+: give a fitted scikit-learn PCA or a saved one's file$"):
         Principal.of(pca, WIDTH)
 
 
@@ -99,10 +106,18 @@ def broken_files(folder: Path) -> list[Path]:
         (folder / name).write_bytes(content)
     np.save(folder / "plain.npy", VECTORS)
     np.savez(folder / "other.npz", mean=VECTORS)
-    return [*(folder / name for name in files), folder / "plain.npy", folder / "other.npz", folder, folder / "missing"]
+    np.savez(folder / "words.npz", mean=np.array(["a"]), components=np.array([["b"]]))
+    return [folder / name for name in (*files, "plain.npy", "other.npz", "words.npz")]
 
 
 def test_a_file_that_holds_no_pca_is_refused(tmp_path: Path) -> None:
     for path in broken_files(tmp_path):
-        with pytest.raises(InputError, match=r"is no saved PCA|fit it anew"):
+        with pytest.raises(InputError, match=r"^'.*' is no saved PCA: save one with save_pca$"):
             Principal.of(path, WIDTH)
+    for path, message in ((tmp_path / "missing", "does not exist: check the path"), (tmp_path, "cannot be read")):
+        with pytest.raises(InputError, match=rf"^the PCA '.*' {message}"):
+            Principal.of(path, WIDTH)
+    narrow = tmp_path / "narrow.npz"
+    Principal.of(fit(3), WIDTH).save(narrow)
+    with pytest.raises(InputError, match=r"but the model's vectors have 8 values: fit it anew on them$"):
+        Principal.of(narrow, 8)

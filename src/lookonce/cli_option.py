@@ -17,7 +17,8 @@ from lookonce.errors import InputError
 from lookonce.terminal import Terminal, status
 
 if TYPE_CHECKING:
-    from lookonce.embedder import Embedder, PooledTokens, PromptStyle
+    from lookonce.embed_prompt import PromptStyle
+    from lookonce.embedder import Embedder, PooledTokens
     from lookonce.model import Model
     from lookonce.pooling import Pooling
     from lookonce.sampling import SamplingOptions

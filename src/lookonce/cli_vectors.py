@@ -7,7 +7,8 @@ import contextlib
 import dataclasses
 import functools
 import importlib.metadata
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final, cast
 
@@ -20,6 +21,7 @@ from lookonce.terminal import bar, progress, status, write, write_json
 if TYPE_CHECKING:
     from lookonce.embed_input import Row
     from lookonce.embed_run import EmbeddedBatch
+    from lookonce.part_file import PartFile
     from lookonce.stages import Stages
 
 __all__ = ["EMBED_EPILOG", "EXTRACT_EPILOG", "embed", "extract"]
@@ -88,32 +90,43 @@ def embed(
     on with. With --skip-errors it is passed over, and beside a .npy file listed
     in FILE.skipped.jsonl.
     """
-    if output is None and restart:
-        raise InputError("--restart was given without --output: only a run into a file can go on")
     from lookonce.embed_input import Source
     from lookonce.embed_run import embed_rows
-    from lookonce.part_file import PartFile, check_output
 
-    if output is not None:
-        output = output.expanduser()
-        check_output(output)
+    output = _checked_output(output, restart=restart)
     source = Source(tuple(texts or ()), tuple(image or ()), input_)
     with status("Reading the input"):
         total = source.check(output, skip_errors=skip_errors)
     with source.rows() as rows, load.load() as model:
         new_embedder = functools.partial(vectors.embedder, model, pixels)
         new_embedder().close()  # options that cannot be served are refused before a file is begun
-        with contextlib.ExitStack() as stack:
-            if output is None:
-                sink: _Lines | PartFile = _Lines()
-            else:
-                dependencies = _dependencies(load, pixels, vectors)
-                sink = stack.enter_context(PartFile(output, dependencies, restart=restart))
-            advance = stack.enter_context(bar(total=total, what="Embedding"))
+        dependencies = functools.partial(_dependencies, load, pixels, vectors)
+        with _sink(output, dependencies, restart=restart) as sink, bar(total=total, what="Embedding") as advance:
             advance(sink.resume(rows))
             embed_rows(new_embedder, rows, sink, batch_size=batch_size, skip_errors=skip_errors, advance=advance)
-        if isinstance(sink, PartFile):
-            write(sink.summary() + "\n")
+        write(sink.summary())
+
+
+def _checked_output(output: Path | None, *, restart: bool) -> Path | None:
+    from lookonce.part_file import check_output
+
+    if output is None:
+        if restart:
+            raise InputError("--restart was given without --output: only a run into a file can go on")
+        return None
+    output = output.expanduser()
+    check_output(output)
+    return output
+
+
+def _sink(
+    output: Path | None, dependencies: Callable[[], dict[str, object]], *, restart: bool
+) -> "contextlib.AbstractContextManager[_Lines | PartFile]":
+    if output is None:
+        return contextlib.nullcontext(_Lines())
+    from lookonce.part_file import PartFile
+
+    return PartFile(output, dependencies(), restart=restart)
 
 
 class _Lines:
@@ -136,6 +149,9 @@ class _Lines:
         from lookonce.embed_run import refuse_nothing
 
         refuse_nothing(self._n_rows, self._n_vectors)
+
+    def summary(self) -> str:
+        return ""
 
 
 def _dependencies(load: ModelOptions, pixels: PixelOptions, vectors: VectorOptions) -> dict[str, object]:
@@ -217,10 +233,8 @@ def extract(
 
 
 def _print_stages(stages: "Stages", manifest: Path, as_json: bool) -> None:
-    shapes = {
-        name: list(getattr(stages, name).shape)
-        for name in ("vision_tokens", "projected_tokens", "deepstack_features", "lm_last_hidden")
-    }
+    saved = json.loads(manifest.read_text(encoding="utf-8"))["tensors"]
+    shapes = {name: tensor["shape"] for name, tensor in saved.items()}
     if as_json:
         write_json({"images": stages.pictures, "manifest": manifest, "shapes": shapes})
         return

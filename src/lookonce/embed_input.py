@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
 from lookonce.errors import InputError
-from lookonce.look_plan import check_picture
+from lookonce.look_plan import check_file
 
 if TYPE_CHECKING:
     from lookonce.item import Item
@@ -67,7 +67,10 @@ class Source:
         if self.lines == "-" or (path.exists() and not path.is_file() and not path.is_dir()):
             return None
         with self.rows() as rows:
-            return _count(rows, skip_errors)
+            count = _count(rows, skip_errors)
+        if not count:
+            raise InputError(f"--input {self.lines!r} has no rows, there is nothing to embed: give lines of JSON")
+        return count
 
     def _check_given(self, skip_errors: bool) -> int:
         if not self.texts and not self.pictures:
@@ -78,7 +81,7 @@ class Source:
             for row in self._given():
                 refuse(row)
                 for picture in row.pictures:
-                    check_picture(picture)
+                    check_file(picture)
         return len(self.texts) + len(self.pictures)
 
     def _given(self) -> list[Row]:

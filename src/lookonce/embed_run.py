@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.embed_input import Row
-from lookonce.errors import DeviceError, InputError, ModelFileError
-from lookonce.look_plan import check_picture
+from lookonce.errors import DeviceError, InputError, ModelFileError, NotFiniteError
+from lookonce.look_plan import check_file
 
 if TYPE_CHECKING:
     from lookonce.embedder import Embedder
@@ -111,7 +111,7 @@ def _batches(rows: Iterable[Row], batch_size: int) -> Iterator[list[Row]]:
 def _embed_batch(new_embedder: "Callable[[], Embedder]", batch: Sequence[Row], *, skip_errors: bool) -> EmbeddedBatch:
     skipped: list[Skipped] = []
 
-    def give_up(row: Row, reason: str, error: InputError | None = None) -> None:
+    def give_up(row: Row, reason: str, error: InputError | NotFiniteError | None = None) -> None:
         if not skip_errors:
             raise InputError(f"{row.label} cannot be embedded: {reason}") from error
         logger.warning("%s was passed over: %s", row.label, reason)
@@ -131,14 +131,14 @@ def _embed_batch(new_embedder: "Callable[[], Embedder]", batch: Sequence[Row], *
             break
         except (ModelFileError, DeviceError) as error:  # no row's fault
             raise type(error)(_culprit(error)[1]) from error
-        except InputError as error:
+        except (InputError, NotFiniteError) as error:
             place, reason = _culprit(error)
             give_up(kept.pop(place), reason, error)
     skipped.sort(key=lambda one: one.index)
     return EmbeddedBatch(batch, kept, vectors, skipped)
 
 
-def _culprit(error: InputError) -> tuple[int, str]:
+def _culprit(error: InputError | NotFiniteError) -> tuple[int, str]:
     """Which item of a batch the embedder could not embed, and why. Raises the error again where it is none's fault."""
     if error.item is None:
         raise error
@@ -146,10 +146,10 @@ def _culprit(error: InputError) -> tuple[int, str]:
 
 
 def _picture_problem(row: Row) -> str:
-    """Why a picture cannot be opened: found out before the others of its batch cost work."""
+    """Why a picture's file cannot be used: most are found out before the others of their batch cost work."""
     try:
         for picture in row.pictures:
-            check_picture(picture)
+            check_file(picture)
     except InputError as error:
         return str(error)
     return ""

@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lookonce.durable import write_durably
-from lookonce.errors import InputError, NativeError, PromptError, SavedLookError
+from lookonce.errors import InputError, NotFiniteError, PromptError, SavedLookError
 from lookonce.tensor_file import DTYPE_NAMES, MAX_HEADER_BYTES, array_bytes, compact_json, pack, unpack
 
 __all__ = ["FORMAT_VERSION", "ImageEmbedding", "RowSegment", "Segment", "TextSegment", "read_saved", "to_stored_type"]
@@ -216,14 +216,15 @@ def read_saved(path: Path, tensors: Collection[str] | None, *, what: str = "save
 def to_stored_type(rows: NDArray[np.float32], dtype: Literal["f16", "f32"] = "f16") -> NDArray[Any]:
     """Round fresh rows to the type they are stored in: F16, or F32 on request or where F16 would overflow.
 
-    Raises `NativeError` for values that are not finite, which only a damaged projector file gives.
+    Raises `NotFiniteError` for values that are not finite, as a damaged projector file gives.
     """
     if dtype not in ("f16", "f32"):
         raise InputError(f"dtype {dtype!r} is not a type that rows are stored in: use 'f16' or 'f32'")
     full = np.ascontiguousarray(rows, dtype=np.float32)
     if not _all_finite(full):
-        raise NativeError(
-            "the projector gave values that are not finite: the projector file is damaged, fetch it again"
+        raise NotFiniteError(
+            "the projector gave values that are not finite: its file may be damaged, check it with `lookonce models "
+            "verify`"
         )
     if dtype == "f32":
         return full

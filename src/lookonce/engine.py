@@ -155,7 +155,7 @@ class Engine:
         self, sources: Sequence[PictureSource | ImageEmbedding], options: LookOptions
     ) -> list[ImageEmbedding | PendingLook]:
         """Open, check and count pictures: their looks where they are kept, what is left to do where not."""
-        self._check_open()
+        self.check_open()
         return [self.looker.prepare(source, options) for source in sources]
 
     def finish(self, prepared: Sequence[ImageEmbedding | PendingLook]) -> list[ImageEmbedding]:
@@ -172,7 +172,7 @@ class Engine:
 
     def plain_prompt(self, parts: Sequence[Part]) -> Prompt:
         """Texts and pictures as they are, without a template."""
-        self._check_open()
+        self.check_open()
         return assemble(parts, self.text.tokenize, bos=self.text.bos_token, batch_size=self.batch_size)
 
     def refuse(self, messages: Sequence[Message]) -> None:
@@ -183,7 +183,7 @@ class Engine:
     def template(self) -> ChatTemplate:
         """The text model's chat template. Raises PromptError where it has none that can be used."""
         with self.lock:
-            self._check_open()
+            self.check_open()
             if self._template is None:
                 self._template = ChatTemplate(self.text.chat_template, bos=self.text.bos, eos=self.text.eos)
             return self._template
@@ -208,7 +208,7 @@ class Engine:
         grammar = grammar_of(sampling)
         tokens = [unit for unit in prompt.units() if isinstance(unit, int)]
         with self.lock:
-            self._check_open()
+            self.check_open()
             return Sampler(self.text, sampling, grammar, tokens)
 
     def first_token(self, turn: Turn, sampler: Sampler) -> int:
@@ -258,7 +258,7 @@ class Engine:
     def read_state(self, units: Sequence[Unit]) -> KeptState | None:
         """The state of as much of a conversation as is still held."""
         with self.lock:
-            self._check_open()
+            self.check_open()
             return None if self._sequences is None else self._sequences.read(units)
 
     def adopt(self, state: KeptState) -> bool:
@@ -266,7 +266,7 @@ class Engine:
         if self._kept is None or not holds(state.state, state.held.positions, mrope=self.text.mrope):
             return False
         with self.lock:
-            self._check_open()
+            self.check_open()
             self._kept.add(state)
         return True
 
@@ -280,7 +280,7 @@ class Engine:
             raise
 
     def _open_context(self) -> Context:
-        self._check_open()
+        self.check_open()
         if self._context is None:
             self._context = Context(self.text, self.options)
         return self._context
@@ -292,7 +292,14 @@ class Engine:
             self._sequences = Sequences(context, OVERLAPPING_TURNS, self._kept, owes=owes)
         return self._sequences
 
-    def _check_open(self) -> None:
+    @property
+    def device_names(self) -> tuple[str, ...]:
+        """The names of the device that the model is on: `cpu`, or those of a GPU, `cuda` and `cuda:0` say."""
+        names = [name for name, _ in json.loads(self.facts["devices"])]
+        return (*(name.partition(":")[0] for name in names), *names) or ("cpu",)
+
+    def check_open(self) -> None:
+        """Raise ClosedError after `close`."""
         if self._closed:
             raise ClosedError(f"the model {self.name!r} is closed: load it again")
 

@@ -10,6 +10,7 @@
     │   ├── ContextError               the prompt does not fit the context
     │   └── DeviceError                the native build lacks the device that was asked for
     ├── NativeError                    llama.cpp failed at something that should have worked; carries its log lines
+    │   └── NotFiniteError             a model gave values that are not finite
     ├── DownloadError                  a model's files cannot be fetched, or are not what was expected
     ├── StoreError                     the store's folder cannot be used at all
     └── ClosedError                    a model, store or chat was used after close()
@@ -27,6 +28,7 @@ __all__ = [
     "MismatchError",
     "ModelFileError",
     "NativeError",
+    "NotFiniteError",
     "PictureError",
     "PromptError",
     "SavedLookError",
@@ -35,16 +37,16 @@ __all__ = [
 
 
 class LookonceError(Exception):
-    """Root of every error that the library raises on purpose."""
+    """Root of every error that the library raises on purpose.
 
-
-class InputError(LookonceError, ValueError):
-    """What the caller gave cannot be used; the command line ends with status 2.
-
-    `item` is the number, from 0, of the one among many that cannot be used; None where there was only one.
+    `item` is the number, from 0, of the one among many that the error is about; None where there was only one.
     """
 
     item: int | None = None
+
+
+class InputError(LookonceError, ValueError):
+    """What the caller gave cannot be used; the command line ends with status 2."""
 
 
 class PictureError(InputError):
@@ -84,6 +86,10 @@ class NativeError(LookonceError):
     def __init__(self, message: str, log: tuple[str, ...] = ()) -> None:
         super().__init__(with_log(message, log))
         self.log = log
+
+
+class NotFiniteError(NativeError):
+    """A model gave values that are not finite: for one text or picture, or for all, as a damaged file does."""
 
 
 def with_log(message: str, log: tuple[str, ...]) -> str:

@@ -222,6 +222,15 @@ def open_picture(source: PictureSource, name: str | None = None) -> Picture:
         return Picture(_pixels(rgb), rgb.size, "rgb")
 
 
+def check_header(source: PictureSource, name: str) -> None:
+    """Read a picture's file and its header, and decode nothing. Raises PictureError as `open_picture`, of less."""
+    described = _quote(name)
+    read = _read(source, described)
+    if isinstance(read, bytes):
+        with _pillow_errors(described), _pillow_quiet(), Image.open(io.BytesIO(read), formats=FORMATS) as image:
+            _check_pixels(image.width, image.height, described)
+
+
 def smart_size(height: int, width: int, rule: PixelRule) -> tuple[int, int]:
     """Return the (height, width) that the reference gives a picture.
 

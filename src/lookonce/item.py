@@ -2,14 +2,16 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from typing_extensions import TypedDict
 
 from lookonce.embedding import ImageEmbedding
-from lookonce.errors import InputError
+from lookonce.errors import InputError, LookonceError
 from lookonce.images import PictureSource
 
 Picture = PictureSource | ImageEmbedding
+AnyError = TypeVar("AnyError", bound=LookonceError)
 
 
 class Item(TypedDict, total=False):
@@ -37,7 +39,7 @@ def read_items(items: Iterable[str | Item], instruction: str | None = None) -> l
     Raises InputError, with the item's number from 0, for one that is no item.
     """
     if isinstance(items, str | bytes | Mapping) or not isinstance(items, Iterable):
-        raise InputError(f"items are a {type(items).__name__}: give a list of texts and mappings")
+        raise InputError(f"items are {kind_of(items)}: give a list of texts and mappings")
     told = checked_instruction(instruction)
     wanted = []
     for number, item in enumerate(items):
@@ -52,11 +54,12 @@ def _read_item(item: str | Item, instruction: str | None, number: int) -> Wanted
     if isinstance(item, str):
         return WantedItem(checked_text("text", item), (), instruction, number)
     if not isinstance(item, Mapping):
-        raise InputError(f"it is a {type(item).__name__}: give a text or a mapping with text, image or images")
+        raise InputError(f"it is {kind_of(item)}: give a text or a mapping with text, image or images")
     if unknown := set(item) - set(Item.__annotations__):
         raise InputError(f"it has the key {min(map(str, unknown))!r}: use text, image, images, instruction")
-    text, image = item.get("text"), item.get("image")
-    pictures = checked_pictures([*([] if image is None else [image]), *_listed(item.get("images"))])
+    text = item.get("text")
+    given = [item["image"]] if "image" in item else []
+    pictures = (*map(checked_picture, given), *(checked_pictures(_listed(item["images"])) if "images" in item else ()))
     if text is None and not pictures:
         raise InputError("it has neither a text nor a picture: give one of them")
     own = checked_instruction(item.get("instruction"))
@@ -64,14 +67,12 @@ def _read_item(item: str | Item, instruction: str | None, number: int) -> Wanted
 
 
 def _listed(images: object) -> Sequence[Picture]:
-    if images is None:
-        return ()
     if not isinstance(images, list | tuple):
-        raise InputError(f"images is a {type(images).__name__}: give a list of pictures, or use the key image")
+        raise InputError(f"images is {kind_of(images)}: give a list of pictures, or use the key image")
     return images
 
 
-def number_error(error: InputError, number: int) -> InputError:
+def number_error(error: AnyError, number: int) -> AnyError:
     """The same error, naming the item; to be raised from the error itself."""
     named = type(error)(f"item {number} cannot be embedded: {error}")
     named.item = number
@@ -81,7 +82,7 @@ def number_error(error: InputError, number: int) -> InputError:
 def checked_text(name: str, text: object) -> str:
     """Give a text back. Raises InputError for another type, for one with nothing in it, and for half characters."""
     if not isinstance(text, str):
-        raise InputError(f"{name} is a {type(text).__name__}: give a text")
+        raise InputError(f"{name} is {kind_of(text)}: give a text")
     if not text.strip():
         raise InputError(f"{name} is empty: write something")
     try:
@@ -106,8 +107,11 @@ def checked_picture(picture: Picture) -> Picture:
 
 
 def checked_pictures(pictures: Iterable[Picture]) -> tuple[Picture, ...]:
-    """Give pictures back. Raises as `checked_picture`."""
-    return tuple(map(checked_picture, pictures))
+    """Give pictures back. Raises as `checked_picture`, and where there is none."""
+    checked = tuple(map(checked_picture, pictures))
+    if not checked:
+        raise InputError("there is no picture: give at least one, or embed the text alone")
+    return checked
 
 
 def check_number(name: str, value: object, most: int | None = None) -> int:
@@ -115,3 +119,9 @@ def check_number(name: str, value: object, most: int | None = None) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1 or (most is not None and value > most):
         raise InputError(f"{name} is {value!r}: give a whole number {f'from 1 to {most}' if most else 'of at least 1'}")
     return value
+
+
+def kind_of(value: object) -> str:
+    """The name of a value's type with its article."""
+    name = type(value).__name__
+    return f"{'an' if name[0] in 'aeiouAEIOU' else 'a'} {name}"

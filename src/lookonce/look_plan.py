@@ -11,7 +11,7 @@ from typing import Final
 
 from lookonce.errors import InputError
 
-__all__ = ["PlannedLook", "PlannedStages", "check_picture", "plan_looks", "plan_stages"]
+__all__ = ["PlannedLook", "PlannedStages", "check_file", "check_picture", "plan_looks", "plan_stages"]
 
 _SUFFIXES: Final = (".safetensors", ".pt")
 
@@ -88,6 +88,19 @@ def check_picture(picture: str) -> None:
     from lookonce import images
 
     images.open_picture(images.read_source(picture), picture)
+
+
+def check_file(picture: str) -> None:
+    """Read a picture's header, or a saved look's file: its content is decoded once, when it is used.
+
+    Raises PictureError.
+    """
+    from lookonce import images
+
+    if Path(picture).suffix.lower() in _SUFFIXES:
+        images.read_source(picture)
+    else:
+        images.check_header(picture, picture)
 
 
 def _plan_folder(pictures: Sequence[str], folder: Path) -> list[PlannedLook]:

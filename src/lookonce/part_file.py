@@ -3,7 +3,8 @@
 While `vectors.npy` is being made, `vectors.npy.part` holds what will be its bytes, and the journal
 `vectors.npy.part.jsonl` says how many of them count: first a line with the options of the run, then one line for each
 batch, written when the batch's vectors are on the disk. What stands behind the last whole line of the journal, and
-behind the bytes that it names, is cut off before the run goes on. Knows nothing of models.
+behind the bytes that it names, is cut off before the run goes on. A last line says which file is about to become the
+target, so that a run which was killed after that is known to be done. Knows nothing of models.
 """
 
 import hashlib
@@ -77,6 +78,8 @@ class PartFile:
         self._digest = hashlib.sha256()
         self._n_skipped = 0
         self._n_resumed = 0
+        self._finished_inode: int | None = None  # of what was about to become the target when the run ended
+        self._recalled = False  # whether the part is a finished target to which nothing was added yet
 
     def __enter__(self) -> Self:
         with self._writing():
@@ -95,6 +98,9 @@ class PartFile:
     ) -> None:
         if kind is not None and self._mark.rows == 0:
             self._remove_part()
+        if kind is not None and self._recalled:
+            with suppress(OSError):
+                self._become_target()
         for file in (self._data, self._journal):
             with suppress(OSError):  # what a full disk did not take is written once more, and counts for nothing
                 file.close()
@@ -116,6 +122,7 @@ class PartFile:
 
     def append(self, batch: EmbeddedBatch) -> None:
         """Put a batch on the disk."""
+        self._recalled = False
         for row in batch.rows:
             self._digest.update(_digested(row))
         n_vectors = self._mark.vectors + len(batch.kept)
@@ -150,19 +157,18 @@ class PartFile:
                 write_durably(self.skipped_file, self._skipped_lines())
             elif self._is_npy:
                 self.skipped_file.unlink(missing_ok=True)
-            self.part.replace(self.target)
-            sync_folder(self.target.absolute().parent)
+            self._become_target()
             self._journal_path.unlink()
 
     def summary(self) -> str:
-        """One line about the finished file."""
+        """A line about the finished file."""
         facts = [f"{_counted(self._mark.vectors, 'vector')} of {self._mark.dimension} values"]
         if self._n_resumed:
             facts.append(f"{_counted(self._n_resumed, 'row')} done before")
         if self._n_skipped:
             listed = f" ({self.skipped_file})" if self._is_npy else ""
             facts.append(f"{_counted(self._n_skipped, 'row')} passed over{listed}")
-        return f"{self.target}: {', '.join(facts)}"
+        return f"{self.target}: {', '.join(facts)}\n"
 
     def _encode(self, batch: EmbeddedBatch) -> bytes:
         if not self._is_npy:
@@ -176,6 +182,9 @@ class PartFile:
     def _open_data(self) -> BinaryIO:
         """The part, cut back to what the journal says; both made anew where there is nothing to go on with."""
         header, end = self._read_journal()
+        if header == self._header and not self._restart and self._is_done():
+            self.target.replace(self.part)
+            self._recalled = True
         exists = self.part.exists()
         if exists and header is None and not self._restart:
             raise InputError(f"{self.part} exists, but nothing says what it holds: delete it, or give --restart")
@@ -197,6 +206,19 @@ class PartFile:
         data.seek(self._mark.size_bytes)
         return data
 
+    def _become_target(self) -> None:
+        self._write_journal({"finished": self.part.stat().st_ino})
+        self._recalled = False
+        self.part.replace(self.target)
+        sync_folder(self.target.absolute().parent)
+
+    def _is_done(self) -> bool:
+        """Whether the target is what the journal's run made of its part, and only the journal was left to remove."""
+        if self._finished_inode is None or self.part.exists() or not self.target.is_file():
+            return False
+        status = self.target.stat()
+        return (status.st_ino, status.st_size) == (self._finished_inode, self._mark.size_bytes)
+
     def _read_journal(self) -> tuple[dict[str, Any] | None, int]:
         """The header, and where the last whole line ends; what the lines say is taken over."""
         self._journal.seek(0)
@@ -209,6 +231,9 @@ class PartFile:
                     break
                 if header is None:
                     header = values
+                elif "finished" in values:
+                    self._finished_inode = values["finished"]
+                    break
                 else:
                     skipped = values.pop("skipped")
                     self._mark = _Mark(**values)
@@ -225,7 +250,7 @@ class PartFile:
     def _skipped_lines(self) -> bytes:
         self._journal.seek(0)
         next(self._journal)
-        found = (one for line in self._journal for one in json.loads(line)["skipped"])
+        found = (one for line in self._journal for one in json.loads(line).get("skipped", ()))
         told = ({name: value for name, value in one.items() if value is not None} for one in found)
         return b"".join(json.dumps(one).encode() + b"\n" for one in told)
 

@@ -9,10 +9,12 @@ from typing import Final, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from lookonce.errors import InputError, NativeError
+from lookonce.errors import InputError, NotFiniteError
 
 Pooling = Literal["mean", "last", "cls", "max"]
 POOLINGS: Final[tuple[Pooling, ...]] = get_args(Pooling)
+
+_DAMAGE: Final = "the model file may be damaged, check it with `lookonce models verify`"
 
 
 def pool(states: NDArray[np.float32], pooling: Pooling) -> NDArray[np.float32]:
@@ -44,7 +46,7 @@ def check_pooling(pooling: str) -> Pooling:
 
 
 def check_finite(vectors: NDArray[np.float32], model_name: str) -> NDArray[np.float32]:
-    """Give `vectors` back. Raises NativeError for values that are not finite, which only a damaged file gives."""
+    """Give `vectors` back. Raises NotFiniteError for values that are not finite, as a damaged file gives."""
     if not np.isfinite(vectors).all():
-        raise NativeError(f"{model_name} gave values that are not finite: its file is damaged, fetch it again")
+        raise NotFiniteError(f"{model_name} gave values that are not finite: {_DAMAGE}")
     return vectors

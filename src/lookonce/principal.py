@@ -1,6 +1,8 @@
 """A fitted principal component analysis as two arrays: applied with numpy, kept in a file without pickle."""
 
+import hashlib
 import io
+import json
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -12,6 +14,7 @@ from numpy.typing import NDArray
 
 from lookonce.durable import write_durably
 from lookonce.errors import InputError
+from lookonce.item import kind_of
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -43,11 +46,13 @@ class Principal:
     def _of_estimator(cls, pca: object) -> "Principal":
         mean, components = getattr(pca, "mean_", None), getattr(pca, "components_", None)
         if mean is None or components is None:
-            raise InputError(f"pca is a {type(pca).__name__}: give a fitted scikit-learn PCA or a saved one's file")
+            if hasattr(pca, "fit"):
+                raise InputError(f"the {type(pca).__name__} is not fitted: fit it on this embedder's vectors first")
+            raise InputError(f"pca is {kind_of(pca)}: give a fitted scikit-learn PCA or a saved one's file")
         try:
             mean, components = np.asarray(mean, dtype=np.float32), np.asarray(components, dtype=np.float64)
         except (TypeError, ValueError) as error:
-            raise InputError(f"the PCA's mean or components are no numbers ({error}): fit it anew") from error
+            raise InputError("the PCA's mean or components are no numbers: fit it anew") from error
         if getattr(pca, "whiten", False):
             # As scikit-learn divides: a variance of nearly nothing must not blow its component up.
             scale = np.sqrt(np.asarray(getattr(pca, "explained_variance_", 1.0), dtype=np.float64))
@@ -57,13 +62,19 @@ class Principal:
     @classmethod
     def load(cls, path: str | PathLike[str]) -> "Principal":
         """Read what `save` wrote. Raises InputError for anything else."""
-        damage = (OSError, ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
+        damage = (ValueError, KeyError, EOFError, TypeError, AttributeError, zipfile.BadZipFile, zlib.error)
         try:
-            # Read whole first: numpy leaves a broken archive's file open.
-            with np.load(io.BytesIO(Path(path).read_bytes()), allow_pickle=False) as arrays:
+            data = Path(path).read_bytes()  # whole: numpy leaves a broken archive's file open
+        except FileNotFoundError as error:
+            raise InputError(f"the PCA {fspath(path)!r} does not exist: check the path") from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "strerror", None) or error
+            raise InputError(f"the PCA {fspath(path)!r} cannot be read ({reason}): check the path") from error
+        try:
+            with np.load(io.BytesIO(data), allow_pickle=False) as arrays:
                 return cls(arrays["mean"].astype(np.float32), arrays["components"].astype(np.float32))
         except damage as error:
-            raise InputError(f"{fspath(path)!r} is no saved PCA ({error}): save one with save_pca") from error
+            raise InputError(f"{fspath(path)!r} is no saved PCA: save one with save_pca") from error
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write an `.npz` file with the two arrays, whole or not at all. Raises InputError where it cannot be."""
@@ -73,6 +84,11 @@ class Principal:
             write_durably(Path(path), data.getvalue())
         except OSError as error:
             raise InputError(f"{fspath(path)!r} cannot be written: {error.strerror or error}") from error
+
+    def digest(self) -> str:
+        """SHA-256 over both arrays."""
+        shape = json.dumps(self.components.shape).encode()
+        return hashlib.sha256(shape + self.mean.tobytes() + self.components.tobytes()).hexdigest()
 
     @property
     def dimension(self) -> int:

@@ -168,9 +168,7 @@ def extract(
     number, _ = layer_tensor(engine.text, layer)
     wanted = _checked_layers(engine.looker.tower_depth, vision_layers)
     options = LookOptions(min_pixels, max_pixels, "f32")
-    pending = [engine.looker.prepare_anew(source, options) for source in sources]
-    parts = engine.template.render([Message("user", (*pending, prompt))])
-    check_room(*count(parts, engine.text.tokenize), engine.n_ctx, "shorten it")  # before the tower works
+    pending = _prepared(engine, sources, options, prompt)
     looked = [_look(engine, one, wanted) for one in pending]
     looks = [look for look, _ in looked]
     whole = engine.prompt([Message("user", (*looks, prompt))])
@@ -194,6 +192,14 @@ def extract(
         vision_token_lens=tuple(len(found[last]) for _, found in looked),
         spans=tuple(_spans(whole, _system_tokens(engine))),
     )
+
+
+def _prepared(engine: Engine, sources: Sequence[PictureSource], options: LookOptions, prompt: str) -> list[PendingLook]:
+    """The pictures made ready for the tower, which is not to work for a prompt that does not fit."""
+    pending = [engine.looker.prepare_anew(source, options) for source in sources]
+    parts = engine.template.render([Message("user", (*pending, prompt))])
+    check_room(*count(parts, engine.text.tokenize), engine.n_ctx, "shorten it")
+    return pending
 
 
 def _states(engine: Engine, prompt: Prompt, layer: int) -> Array:

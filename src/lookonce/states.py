@@ -85,7 +85,7 @@ class StateRunner:
     def run(self, prompts: Sequence[Prompt], wanted: Sequence[Flags]) -> list[States]:
         """Each prompt's states of its wanted cells, (n, width) in prompt order. `wanted` is (n_cells,) for each.
 
-        Raises NativeError for states that are not finite; nothing that was evaluated stays for later prompts then.
+        Raises NotFiniteError for states that are not finite; nothing that was evaluated stays for later prompts then.
         """
         with self._turn:
             try:

@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 import lookonce
+from lookonce.principal import Principal
+from lookonce.synthetic.pair import make_pair
 
 chromadb = pytest.importorskip("chromadb", reason="install it with: pip install 'lookonce[chroma]'")
 
@@ -63,10 +65,49 @@ def test_a_collection_opened_without_the_function_says_what_to_give(
     embedder: lookonce.Embedder, tmp_path: Path
 ) -> None:
     function: Any = EmbeddingFunction(embedder)
-    assert function.get_config() == {"model": embedder.model_name, "dimension": 64}
     collection = chromadb.PersistentClient(tmp_path).create_collection("things", embedding_function=function)
     collection.add(ids=["0"], documents=["a cat"])
     opened = chromadb.PersistentClient(tmp_path).get_collection("things")
     assert opened.count() == 1
     with pytest.raises(lookonce.InputError, match=r"made with 'Qwen3-VL tiny seed 0': give get_collection the embed"):
         opened.query(query_texts=["a cat"])
+
+
+def test_a_collection_refuses_another_model_or_setting(
+    embedder: lookonce.Embedder, tiny_pair: tuple[Path, Path], tmp_path: Path
+) -> None:
+    given: Any = EmbeddingFunction(embedder)
+    kept = chromadb.PersistentClient(tmp_path).create_collection("things", embedding_function=given)
+    kept.add(ids=["0"], documents=["a cat"])
+    config = kept.configuration_json["embedding_function"]["config"]
+    assert config == embedder.settings()
+    assert set(config) == {
+        *("model", "fingerprint", "pooling", "layer", "tokens", "normalize", "dimension", "prompt", "instruction"),
+        "pca",
+    }
+    del kept
+    chromadb.api.client.SharedSystemClient.clear_system_cache()
+    client = chromadb.PersistentClient(tmp_path)
+    other_seed = make_pair(tmp_path, family="qwen3vl", seed=1)[0]
+    with (
+        lookonce.load(tiny_pair[0], threads=1, n_ctx=512, store=False) as model,
+        lookonce.load(other_seed, threads=1, n_ctx=512, store=False) as other,
+    ):
+        for source, options in (
+            (other, {}),
+            (model, {"pooling": "mean"}),
+            (model, {"layer": 0}),
+            (model, {"tokens": "text"}),
+            (model, {"prompt": "plain"}),
+            (model, {"instruction": "Find it."}),
+            (model, {"normalize": False}),
+            (model, {"pca": Principal(np.zeros(256, np.float32), np.eye(64, 256, dtype=np.float32))}),
+        ):
+            changed: Any = EmbeddingFunction(lookonce.Embedder(source, **{"dimension": 64, **options}))
+            for opening in (client.get_collection, client.get_or_create_collection):
+                with pytest.raises(
+                    ValueError, match=r"conflict: new: lookonce \{.* vs persisted: lookonce \{"
+                ):
+                    opening("things", embedding_function=changed)
+        same: Any = EmbeddingFunction(lookonce.Embedder(model, dimension=64), query_instruction="Find it.")
+        assert client.get_collection("things", embedding_function=same).count() == 1
