@@ -32,8 +32,8 @@ __all__ = [
     "choose_card",
     "find_card",
     "hint",
-    "readable_cards",
     "read_cards",
+    "readable_cards",
     "split_name",
     "user_file",
 ]
@@ -219,7 +219,7 @@ def _read_file(path: Path, *, folders: Path) -> dict[str, ModelCard]:
 
 def _read_text(path: Path) -> str:
     try:
-        return path.read_text("utf-8-sig")  # as some editors save it, with a mark before the first sign
+        return path.read_text("utf-8").removeprefix("\ufeff")  # the mark that some editors put first
     except OSError as error:
         raise ModelFileError(
             f"{path} cannot be read ({error.strerror or error}): check path and permissions"
@@ -249,7 +249,9 @@ class _CardReader:
         if not _NAME.fullmatch(self.name):
             raise self._wrong((), "is no name for a card: use small letters, digits, dots and dashes")
         if not isinstance(self.table, dict):
-            raise self._wrong((), f"is {_shown(self.table)}, but a table was expected: write [{self.name}] above its fields")
+            raise self._wrong(
+                (), f"is {_shown(self.table)}, but a table was expected: write [{self.name}] above its fields"
+            )
         if any(isinstance(value, dict) and key not in ("text", "projector") for key, value in self.table.items()):
             raise self._wrong((), 'holds another table: a card whose name has a dot is written in quotes, ["a.b"]')
         for key in self.table:  # first: a field that is misspelt is absent under its right name
