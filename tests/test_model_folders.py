@@ -177,9 +177,9 @@ def test_a_name_that_lies_in_several_folders_is_refused_with_these(home: Path) -
 
 def test_a_named_folder_that_is_none_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     named = home / "models"
-    assert folder_problem() == f" (LOOKONCE_MODELS_DIR is '{named}', which does not exist)"
+    assert folder_problem() == f"LOOKONCE_MODELS_DIR is '{named}', which does not exist"
     named.write_bytes(b"")
-    assert folder_problem() == f" (LOOKONCE_MODELS_DIR is '{named}', which is no folder)"
+    assert folder_problem() == f"LOOKONCE_MODELS_DIR is '{named}', which is no folder"
     named.unlink()
     named.mkdir()
     assert folder_problem() == ""

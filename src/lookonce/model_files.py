@@ -16,7 +16,7 @@ from lookonce.errors import ModelFileError
 from lookonce.fingerprint import Fingerprint
 from lookonce.folder_files import FolderFiles, fitting_projector, only_text_model, read_folder, warn_of_names
 from lookonce.gguf_file import GgufFile
-from lookonce.model_folders import exists, find_named, folder_problem, locate, places, published_name
+from lookonce.model_folders import exists, find_named, folder_aside, locate, places, published_name
 from lookonce.store import Store
 
 __all__ = ["CardPaths", "Fetch", "ModelFiles", "find_files", "locate_card"]
@@ -102,7 +102,7 @@ def _unknown(model: str | PathLike[str]) -> ModelFileError:
     if isinstance(model, PathLike) and split_name(given)[0].lower() in readable_cards():
         return ModelFileError(f"{given!r} is a model's name and no file or folder: give it as a str, not as a path")
     return ModelFileError(
-        f"{given!r} does not exist{folder_problem()}: give a text model's .gguf file, a folder that holds one, or a "
+        f"{given!r} does not exist{folder_aside()}: give a text model's .gguf file, a folder that holds one, or a "
         f"model's name; {hint(given)}"
     )
 

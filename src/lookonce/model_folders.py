@@ -21,6 +21,7 @@ __all__ = [
     "candidates",
     "exists",
     "find_named",
+    "folder_aside",
     "folder_problem",
     "folders",
     "locate",
@@ -58,12 +59,18 @@ def user_folder() -> Path:
 
 
 def folder_problem() -> str:
-    """What is wrong with `LOOKONCE_MODELS_DIR`, to be put in brackets after what was not found; else nothing."""
+    """What is wrong with `LOOKONCE_MODELS_DIR`; else nothing."""
     found = next(_named_folder(), None)
     if found is None or found.is_dir():
         return ""
     what = "is no folder" if exists(found) else "does not exist"
-    return f" (LOOKONCE_MODELS_DIR is {str(found)!r}, which {what})"
+    return f"LOOKONCE_MODELS_DIR is {str(found)!r}, which {what}"
+
+
+def folder_aside() -> str:
+    """The same in brackets, to stand after what was not found."""
+    problem = folder_problem()
+    return f" ({problem})" if problem else ""
 
 
 def find_named(name: str) -> Path | None:

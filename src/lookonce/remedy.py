@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 from lookonce.byte_size import format_size
 from lookonce.cards import CardFile, ModelCard
-from lookonce.model_folders import folder_problem, published_name, repository_folders
+from lookonce.model_folders import folder_aside, published_name, repository_folders
 
 __all__ = ["Kind", "none_here", "one_missing", "pull_command", "replace_damaged", "type_of"]
 
@@ -41,7 +41,7 @@ def none_here(card: ModelCard, quantization: str | None = None) -> str:
         return f"the files of {what} are not in {card.folder}: put them back, or install again"
     much = _size([card.text_file(quantization), card.projector_file()])
     command = pull_command(card, quantization)
-    return f"the files of {what} are not on this disk{folder_problem()}: {command} fetches them{much}"
+    return f"the files of {what} are not on this disk{folder_aside()}: {command} fetches them{much}"
 
 
 def one_missing(card: ModelCard, kind: Kind, other: Path, *, quantization: str | None = None, aside: str = "") -> str:
