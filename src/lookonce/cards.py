@@ -230,9 +230,10 @@ def _read_text(path: Path) -> str:
 
 def _parse(path: Path, text: str) -> dict[str, Any]:
     try:
-        return tomllib.loads(text)
+        tables: dict[str, Any] = tomllib.loads(text)
     except ValueError as error:  # which names the line, but for a number of thousands of digits
         raise ModelFileError(f"{path} is not TOML: {error}") from error
+    return tables
 
 
 @dataclass(frozen=True, slots=True)
