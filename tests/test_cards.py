@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from lookonce.cards import CardFile, find_card, read_cards, user_file
+from lookonce.cards import CardFile, choose_card, find_card, read_cards, readable_cards, user_file
 from lookonce.errors import InputError, ModelFileError
 
 GOOD = """\
@@ -135,6 +135,9 @@ def test_a_named_file_that_does_not_exist_is_an_error(own: Path) -> None:
         ('"MIT"', '"MIT"\nfolder = "here"', 4, "mine.folder stands beside a repository: a card's files lie in one or"),
         ('"mine.gguf"', '"m-00001-of-00002.gguf"', 5, "mine.text.Q4_K_M.file is 'm-00001-of-00002.gguf', a part of a"),
         ("huggingface", "hugingface", 4, "mine.hugingface is not known: expected one of family, "),
+        ("licence", "license", 3, "mine.license is not known: expected one of family, "),
+        ("text.Q4_K_M", "texts.Q4_K_M", 1, "mine holds another table: "),
+        ('"MIT"', f"{list(range(1000))}", 3, "mine.licence is [0, 1, "),
         ('huggingface = "me/mine-GGUF"', "", 1, "mine has neither huggingface, modelscope nor folder"),
         ('"mine.gguf"', '"../mine.gguf"', 5, "mine.text.Q4_K_M.file is '../mine.gguf', but the name of a .gguf file"),
         ('"mine.gguf"', '"mine.bin"', 5, "mine.text.Q4_K_M.file is 'mine.bin', but"),
@@ -170,6 +173,67 @@ def test_what_is_no_toml_names_the_line(own: Path) -> None:
     own.mkdir()
     with pytest.raises(ModelFileError, match="cannot be read"):
         read_cards()
+
+
+def test_the_mark_that_some_editors_put_first_is_passed_over(own: Path) -> None:
+    own.write_text(GOOD, "utf-8-sig")
+    assert find_card("mine") is not None
+
+
+@pytest.mark.parametrize(
+    "deep",
+    [
+        f"licence = {'[' * 5000}{']' * 5000}",
+        "licence = " + "[\n" * 5000,
+        f"licence = 'MIT'\nhuggingface = 'a/b'\ntext.F16{'.a' * 5000} = 1",
+        f"licence = {'{a = ' * 5000}",
+    ],
+    ids=["brackets", "lines", "dots", "braces"],
+)
+def test_what_is_nested_too_deep_is_one_sentence_with_the_line(own: Path, deep: str) -> None:
+    own.write_text(f'[mine]\nfamily = "qwen3vl"\n{deep}\n')
+    with pytest.raises(ModelFileError, match=rf"{own}, line \d+: what stands here is nested deeper") as caught:
+        read_cards()
+    line = int(re.findall(r"line (\d+)", str(caught.value))[0])
+    assert 3 <= line <= 60
+    assert len(str(caught.value)) < 300
+
+
+def test_a_number_of_thousands_of_digits_is_one_sentence(own: Path) -> None:
+    own.write_text(f"[mine]\nn_ctx = {'9' * 5000}\n")
+    with pytest.raises(ModelFileError, match=rf"{own} is not TOML: "):
+        read_cards()
+
+
+def test_a_name_may_have_a_quantization_after_it(own: Path) -> None:
+    own.write_text(GOOD)
+    card = find_card("mine")
+    assert choose_card("Mine") == choose_card("mine:") == (card, None)
+    assert choose_card("mine:q4_k_m") == (card, "Q4_K_M")
+    with pytest.raises(InputError, match=r"mine has no quantization 'Q1': choose one of Q4_K_M"):
+        choose_card("mine:Q1")
+
+
+@pytest.mark.parametrize(
+    ("typo", "told"),
+    [
+        ("qwen3-vl-2b-instuct:Q8_0", "perhaps qwen3-vl-2b-instruct or "),
+        ("qwen3-vl-embed", "perhaps qwen3-vl-embedding-"),
+        ("Qwen3-VL", "perhaps qwen3-vl-2b-instruct or qwen3-vl-4b-instruct or "),
+    ],
+)
+def test_a_name_that_is_misspelt_is_told_with_those_near_it_and_not_all(typo: str, told: str) -> None:
+    with pytest.raises(InputError, match=rf"'{typo}' is no model's name: {told}.* `lookonce models list` shows all$"):
+        choose_card(typo)
+    with pytest.raises(InputError, match=r"'zzzz' is no model's name: `lookonce models list` shows all$"):
+        choose_card("zzzz")
+
+
+def test_cards_that_cannot_be_used_leave_those_of_the_package(own: Path, caplog: pytest.LogCaptureFixture) -> None:
+    own.write_text("[mine]\nfamily = 5\n")
+    assert "qwen3-vl-2b-instruct" in readable_cards()
+    (said,) = [record.message for record in caplog.records]
+    assert said == f"your own cards are left out: {own}, line 2: mine.family is 5, but a text was expected"
 
 
 def test_the_readmes_card_can_be_read(own: Path) -> None:

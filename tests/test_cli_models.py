@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -61,13 +62,35 @@ def test_the_list_has_every_card_with_size_licence_and_place(
     assert status == 0
     lines = {line.split()[0]: line for line in out.splitlines() if line}
     assert lines.keys() >= read_cards().keys()
-    assert lines["tiny"].split()[1:] == ["21.4", "MB", "MIT", str(folder)]
+    assert lines["tiny"].split()[1:4] == ["21.4", "MB", "MIT"]
+    assert lines["tiny"].endswith("  on this disk")
     assert lines["qwen3-vl-2b-instruct"].split()[1:4] == ["1.55", "GB", "Apache-2.0"]
-    assert "not on this disk" in lines["qwen3-vl-2b-instruct"]
+    assert lines["qwen3-vl-2b-instruct"].endswith("  not on this disk")
+    assert all(len(line) <= 80 for line in lines.values() if line.endswith("on this disk"))
     (row,) = (one for one in told(capsys, "list") if one["name"] == "tiny")
     assert row == {"name": "tiny", "size_bytes": 21_446_784, "licence": "MIT", "folder": str(folder)}
     (folder / "two.gguf").unlink()
     assert next(one for one in told(capsys, "list") if one["name"] == "tiny")["folder"] is None
+    assert re.search(r"^tiny .* half on this disk$", run(capsys, "list")[1], re.MULTILINE)
+
+
+def test_the_columns_of_the_list_stand_below_each_other(card: ModelCard, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [line for line in run(capsys, "list")[1].splitlines() if line.endswith("on this disk")]
+    cards = read_cards()
+    assert {line.index(cards[line.split()[0]].licence) for line in rows} == {rows[0].index("Apache")}
+    assert {line.index(re.findall(r"(?:not |half )?on this disk", line)[0]) for line in rows} == {
+        rows[0].index("not on this disk")
+    }
+
+
+def test_the_size_of_a_pair_on_this_disk_is_told_where_the_card_tells_none(
+    card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = folder / "own.toml"
+    own.write_text(re.sub(r", size_bytes = \d+", "", own.read_text()))
+    assert re.search(r"^tiny +21.4 MB ", run(capsys, "list")[1], re.MULTILINE)
+    (folder / "two.gguf").unlink()
+    assert re.search(r"^tiny +- ", run(capsys, "list")[1], re.MULTILINE)
 
 
 def test_a_card_is_shown_with_its_files(card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,8 +111,62 @@ def test_where_prints_paths_and_ends_with_1_where_there_are_none(
     card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run(capsys, "where", "tiny") == (0, f"{folder / 'one.gguf'}\n{folder / 'two.gguf'}\n", "")
-    assert run(capsys, "where", "qwen3-vl-2b-instruct")[:2] == (1, "")
+    assert run(capsys, "where", "tiny:f32")[0] == 0
+    assert run(capsys, "where", "qwen3-vl-2b-instruct") == (
+        1,
+        "",
+        "lookonce: the files of qwen3-vl-2b-instruct are not on this disk: `lookonce pull qwen3-vl-2b-instruct` "
+        "fetches them, 1.55 GB\n",
+    )
     assert [one["type"] for one in told(capsys, "where", "tiny")] == ["F32", "F32"]
+
+
+def test_where_names_the_missing_half_of_a_pair_and_what_fetches_it(
+    card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "two.gguf").rename(folder / "away")
+    assert run(capsys, "where", "tiny") == (
+        1,
+        f"{folder / 'one.gguf'}\n",
+        "lookonce: two.gguf, the projector of tiny, is not on this disk: `lookonce pull tiny` fetches it, 8.83 MB\n",
+    )
+    (folder / "one.gguf").unlink()
+    (folder / "away").rename(folder / "two.gguf")
+    status, out, errors = run(capsys, "where", "tiny", "--json")
+    assert (status, len(json.loads(out))) == (1, 1)
+    assert errors.startswith("lookonce: one.gguf, the text model of tiny, is not on this disk: ")
+
+
+def test_a_quantization_after_a_name_leaves_the_others_out(
+    card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = folder / "own.toml"
+    own.write_text(own.read_text().replace("[tiny.text]\n", '[tiny.text]\nF16 = { file = "half.gguf" }\n'))
+    shutil.copy(folder / "one.gguf", folder / "half.gguf")
+    assert run(capsys, "where", "tiny")[1].count("\n") == 3
+    assert run(capsys, "where", "tiny:F32")[1] == f"{folder / 'one.gguf'}\n{folder / 'two.gguf'}\n"
+    assert [one["type"] for one in told(capsys, "show", "tiny:f16")["files"]] == ["F16", "F32"]
+    assert [one["type"] for one in told(capsys, "verify", "tiny:F32")] == ["F32", "F32"]
+    (folder / "one.gguf").unlink()
+    status, out, errors = run(capsys, "where", "tiny:F32")
+    assert (status, out) == (1, f"{folder / 'two.gguf'}\n")
+    assert (
+        "one.gguf, the text model of tiny, is not on this disk: `lookonce pull tiny --quant F32` fetches it" in errors
+    )
+    assert run(capsys, "verify", "tiny:Q1")[0] == 2
+
+
+def test_a_folder_of_models_that_does_not_exist_is_told(
+    card: ModelCard, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(folder / "none"))
+    said = f"LOOKONCE_MODELS_DIR is '{folder / 'none'}', which does not exist"
+    assert f"the files of tiny are not on this disk ({said}): " in run(capsys, "where", "tiny")[2]
+    assert f"({said})" in run(capsys, "verify", "tiny")[1]
+    assert cli.main(["ask", "What?", "--model", "one.gguf"]) == 2
+    assert f"'one.gguf' does not exist ({said}): give" in capsys.readouterr().err
+    assert cli.main(["doctor"]) == 0
+    assert f"\n  {said}\n" in capsys.readouterr().out
 
 
 def test_a_whole_model_is_verified_and_its_hashes_are_remembered(
@@ -155,7 +232,7 @@ def test_a_flipped_byte_is_told_with_the_file_and_both_hashes(
         (line,) = (line for line in out.splitlines() if "DAMAGED" in line)
         assert line.startswith(f"{folder / 'one.gguf'}: ")
         assert actual in line
-        assert str(card.text_file().sha256) in line
+        assert f"{card.text_file().sha256} was expected: delete {folder / 'one.gguf'}, then `lookonce pull tiny" in line
     status, out, _ = run(capsys, "verify", "tiny", "--json")
     assert (status, [one["verdict"] for one in json.loads(out)]) == (1, ["damaged", "whole"])
 
@@ -193,9 +270,9 @@ def test_the_model_in_the_package_is_here_and_whole(folder: Path, capsys: pytest
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["show", "qwen3-vl-2b"], "'qwen3-vl-2b' is no model's name: choose one of qwen3-vl-2b-instruct"),
+        (["show", "qwen3-vl-2b"], "'qwen3-vl-2b' is no model's name: perhaps qwen3-vl-2b-instruct or "),
         (["verify", "nothing.gguf"], "nothing.gguf does not exist: check the path"),
-        (["verify", "nothing"], "'nothing' is no model's name: choose one of "),
+        (["verify", "nothing"], "'nothing' is no model's name: `lookonce models list` shows all"),
         (["show"], "Missing argument 'NAME'"),
     ],
 )

@@ -94,6 +94,23 @@ def test_the_paths_go_to_stdout_and_what_was_done_to_stderr(
     assert second.err.endswith("on the disk already, verified\n")
 
 
+def test_a_pull_to_a_folder_ends_with_how_to_use_it(place: Place, hub: HubStub) -> None:
+    pulled = place.run(f"{NAME}:q4_k_m", "--to", "my models")
+    folder = place.home / "my models"
+    assert (pulled.status, pulled.err.splitlines()[-1]) == (
+        0,
+        f"to use it: --model '{folder}', or LOOKONCE_MODELS_DIR='{folder}' and --model {NAME}:Q4_K_M",
+    )
+    ask = ("ask", "What?", "--threads", "1", "--max-tokens", "2", "--n-ctx", "512", "--model")
+    assert place.run(*ask, folder, program=("-m", "lookonce")).status == 0
+    (folder / "other.gguf").write_bytes(b"GGUF")
+    said = place.run(NAME, "--to", "my models").err.splitlines()[-1]
+    assert said.startswith(f"to use it: --model '{folder}/{pulled.out.splitlines()[0].rpartition('/')[2]}', or ")
+    place.environment["LOOKONCE_MODELS_DIR"] = str(folder)
+    assert place.run(NAME, "--to", "my models").err.splitlines()[-1] == f"to use it: --model {NAME}"
+    assert place.run(*ask, f"{NAME}:Q4_K_M", program=("-m", "lookonce")).status == 0
+
+
 def test_a_file_that_is_lost_is_fetched_again_and_the_other_is_not(place: Place, hub: HubStub) -> None:
     text, _ = place.run(NAME).out.splitlines()
     Path(text).resolve().unlink()
@@ -106,7 +123,10 @@ def test_a_file_that_is_lost_is_fetched_again_and_the_other_is_not(place: Place,
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("qwen3-vl-2b",), "qwen3-vl-2b-instruct"),
+        (("qwen3-vl-2b",), "perhaps qwen3-vl-2b-instruct or"),
+        ((f"{NAME}:Q5_K_M",), "Q4_K_M, Q8_0"),
+        ((f"{NAME}:Q8_0", "--quant", "Q4_K_M"), f"{NAME}:Q8_0 and --quant Q4_K_M were both given"),
+        ((NAME, "--to", ""), "the folder for the model's files is ''"),
         ((NAME, "--quant", "Q5_K_M"), "Q4_K_M, Q8_0"),
         ((NAME, "--mmproj-type", "Q1"), "F16"),
         ((NAME, "--source", "elsewhere"), "auto, huggingface, modelscope"),

@@ -290,10 +290,47 @@ def test_a_hub_that_does_not_answer_in_time_hands_over_to_the_other(place: Place
 
 
 def test_both_hubs_out_of_reach_is_one_error_with_both_reasons(place: Place) -> None:
+    began = time.monotonic()
     run = place.run("tiny")
     assert (run.status, run.out) == (1, "")
-    last = run.err.splitlines()[-1]
-    assert all(told in last for told in ("Hugging Face cannot be reached", "ModelScope cannot be reached", "network"))
+    warning, last = run.err.splitlines()
+    assert warning.startswith("lookonce: warning: Hugging Face cannot be reached")
+    for title in TITLES.values():
+        assert f"{title} cannot be reached ([Errno 111] Connection refused)" in last
+    assert last.endswith(
+        "check the network and pull again, which goes on from here (run again with --verbose to see more)"
+    )
+    assert time.monotonic() - began < 30
+
+
+@BOTH
+def test_a_hub_that_is_silent_is_given_up_in_time_and_in_one_line(place: Place, source: str) -> None:
+    with HubStub({}) as silent:
+        silent.faults.silent = True
+        place.environment |= {"HF_ENDPOINT": silent.url, "MODELSCOPE_ENDPOINT": silent.url}
+        place.environment |= {"HF_HUB_ETAG_TIMEOUT": "1", "MODELSCOPE_REPO_TREE_PAGE_TIMEOUT_SECONDS": "1"}
+        error = place.refused("--source", source)
+        assert f"{TITLES[source]} cannot be reached (" in error
+        assert len(silent.requests) <= 2 or source == "huggingface"
+
+
+def test_the_tries_that_a_user_has_set_for_modelscope_hold(place: Place) -> None:
+    with HubStub({}) as down:
+        down.faults.status = 503
+        place.environment["MODELSCOPE_ENDPOINT"] = down.url
+        for tries, set_ in ((2, {}), (3, {"MODELSCOPE_REPO_TREE_PAGE_MAX_ATTEMPTS": "3"})):
+            place.environment |= set_
+            down.requests.clear()
+            assert "ModelScope cannot be reached (it answered 503)" in place.refused("--source", "modelscope")
+            assert len(down.requests) == tries
+
+
+def test_an_endpoint_that_is_no_address_is_one_sentence(place: Place) -> None:
+    place.environment["HF_ENDPOINT"] = "notaurl"
+    error = place.refused(status=2)
+    assert error == (
+        "lookonce: HF_ENDPOINT is 'notaurl': set it to a hub's address, which begins with https://, or unset it\n"
+    )
 
 
 def test_without_the_modelscope_package_the_pip_command_is_told(place: Place, hub: HubStub) -> None:

@@ -15,7 +15,8 @@ from look_maker import make_picture
 from lookonce import fingerprint, model_files
 from lookonce.cards import ModelCard, find_card
 from lookonce.errors import InputError, ModelFileError
-from lookonce.model_files import find_files, locate_card, pull_command
+from lookonce.model_files import find_files, locate_card
+from lookonce.remedy import none_here
 from lookonce.store import Store
 
 Pair = tuple[Path, Path]
@@ -244,6 +245,60 @@ def test_a_split_model_finds_its_projector(tmp_path: Path) -> None:
         assert files.projector is not None
 
 
+@pytest.mark.parametrize("lost", [1, 2, 3])
+def test_a_missing_part_of_a_split_model_is_named(tmp_path: Path, lost: int) -> None:
+    tensors = maker.text_tensors()
+    names = list(tensors)
+    for number in range(3):
+        keys = maker.text_keys() if number == 0 else {}
+        keys |= {"split.no": (T.UINT16, number), "split.count": (T.UINT16, 3)}
+        keys |= {"split.tensors.count": (T.INT32, len(tensors))}
+        maker.write(
+            tmp_path / f"m-{number + 1:05}-of-00003.gguf", keys, {name: tensors[name] for name in names[number::3]}
+        )
+    maker.write_projector(tmp_path / "mmproj.gguf")
+    assert find_files(tmp_path).projector is not None
+    part = tmp_path / f"m-{lost:05}-of-00003.gguf"
+    part.unlink()
+    with pytest.raises(ModelFileError, match=rf"^{tmp_path} holds .*{part.name}") as caught:
+        find_files(tmp_path)
+    assert "\n" not in str(caught.value)
+    assert "holds no text model: give" not in str(caught.value)
+
+
+def test_why_no_file_of_a_folder_will_do_is_said_in_the_error_and_nowhere_else(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "one.gguf").write_bytes(b"")
+    with pytest.raises(ModelFileError, match=r"holds no text model that can be used: .*one\.gguf is empty"):
+        find_files(folder)
+    assert not caplog.records
+
+
+def test_a_damaged_file_is_passed_over_with_one_warning(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "broken.gguf").write_bytes(b"")
+    for named in (folder, folder / "one.gguf"):
+        caplog.clear()
+        assert find_files(named).projector is not None
+        assert len(caplog.records) == 1
+
+
+def test_a_projectors_folder_stands_for_the_one_in_it_that_fits(
+    folder: Path, tiny_pair: Pair, tiny_pair_25: Pair, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    with pytest.raises(ModelFileError, match=rf"no projector file fits one.gguf in {other}: give the projector file"):
+        find_files(folder / "one.gguf", other)
+    shutil.copy(tiny_pair[1], other / "p.gguf")
+    shutil.copy(tiny_pair_25[1], other / "q.gguf")
+    files = find_files(folder / "one.gguf", other)
+    assert files.projector is not None
+    assert (files.projector.path, files.chosen) == (other / "p.gguf", True)
+    shutil.copy(tiny_pair[1], other / "r.gguf")
+    with pytest.raises(ModelFileError, match=r"several projector files fit one.gguf \(p.gguf, r.gguf\): give the"):
+        find_files(folder, other)
+
+
 # --- cards
 
 
@@ -289,25 +344,15 @@ def test_a_card_that_is_not_on_this_disk_says_what_fetches_it_and_how_much(card:
     (folder / "two.gguf").rename(folder / "away")
     files = find_files("tiny")
     assert files.projector is None
-    assert files.missing.startswith("the projector of tiny is not on this disk: `lookonce pull tiny` fetches them, ")
+    assert files.missing == (
+        "two.gguf, the projector of tiny, is not on this disk: `lookonce pull tiny` fetches it, 8.83 MB, or use a "
+        "saved look"
+    )
     (folder / "one.gguf").unlink()
     with pytest.raises(ModelFileError, match=r"the files of tiny are not on this disk: `lookonce pull tiny` fetches"):
         find_files("tiny")
-    assert pull_command(card) == f"`lookonce pull tiny` fetches them, {size / 1e6:.1f} MB"
+    assert none_here(card).endswith(f"`lookonce pull tiny` fetches them, {size / 1e6:.1f} MB")
     assert locate_card(card).text is None
-
-
-def test_the_sizes_that_are_known_are_told() -> None:
-    told = {
-        name: pull_command(found)
-        for name in ("qwen3-vl-2b-instruct", "qwen3-vl-embedding-8b")
-        if (found := find_card(name))
-    }
-    assert told["qwen3-vl-2b-instruct"] == "`lookonce pull qwen3-vl-2b-instruct` fetches them, 1.55 GB"
-    assert told["qwen3-vl-embedding-8b"].endswith("fetches them, more than 1.16 GB")
-    card = find_card("qwen3-vl-embedding-8b")
-    assert card is not None
-    assert pull_command(card, "Q8_0") == "`lookonce pull qwen3-vl-embedding-8b --quant Q8_0` fetches them, 9.21 GB"
 
 
 def test_a_quantization_that_the_card_has_not_is_refused(card: ModelCard) -> None:
@@ -365,9 +410,21 @@ def test_a_card_with_a_folder_needs_no_hub(card: ModelCard, folder: Path) -> Non
         find_files("inside")
 
 
-def test_a_name_that_is_neither_card_nor_file_is_refused_with_the_cards() -> None:
-    with pytest.raises(ModelFileError, match=r"'qwen3-vl' does not exist: give .* or one of qwen3-vl-2b-instruct, "):
-        find_files("qwen3-vl")
+def test_a_name_that_is_neither_card_nor_file_is_refused_with_those_near_it() -> None:
+    for typo in ("qwen3-vl-2b-instuct", "qwen3-vl-2b-instuct:Q8_0"):
+        with pytest.raises(ModelFileError, match=rf"'{typo}' does not exist: give .*; perhaps qwen3-vl-2b-instruct or"):
+            find_files(typo)
+    with pytest.raises(ModelFileError, match=r"or a model's name; `lookonce models list` shows all$"):
+        find_files("nothing/at/all.gguf")
+
+
+def test_a_cards_name_as_a_path_is_told_how_to_give_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("qwen3-vl-2b-instruct", "Qwen3-VL-2B-Instruct:Q8_0"):
+        with pytest.raises(
+            ModelFileError, match=rf"'{name}' is a model's name and no file or folder: give it as a str"
+        ):
+            find_files(Path(name))
 
 
 def test_a_cards_options_hold_where_none_are_given(card: ModelCard, folder: Path) -> None:
@@ -383,6 +440,69 @@ def test_a_cards_options_hold_where_none_are_given(card: ModelCard, folder: Path
         assert model.look(make_picture(1, 300, 200), max_pixels=20_000).n_rows > 6
     with lookonce.load(folder / "one.gguf", mmproj=folder / "two.gguf", store=False, threads=1) as model:
         assert model.card is not None
+
+
+def test_a_card_of_another_family_than_its_file_is_refused(
+    card: ModelCard, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    own = folder / "own.toml"
+    own.write_text(own.read_text().replace('"qwen3vl"', '"qwen2.5vl"'))
+    with pytest.raises(ModelFileError, match=r"one.gguf is of the family qwen3vl, but tiny has qwen2.5vl as family on"):
+        find_files("tiny")
+    assert find_files(folder / "one.gguf").card is None
+    assert not caplog.records
+
+
+def test_a_cards_projector_of_another_family_is_refused(
+    folder: Path, tiny_pair_25: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS", str(folder / "own.toml"))
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(folder))
+    shutil.copy(tiny_pair_25[0], folder / "one.gguf")
+    shutil.copy(tiny_pair_25[1], folder / "two.gguf")
+    write_card(folder / "own.toml", folder / "one.gguf", folder / "two.gguf", family="qwen2vl")
+    with pytest.raises(ModelFileError, match=r"two.gguf is of the family qwen2.5vl, but tiny has qwen2vl as family on"):
+        find_files("tiny")
+
+
+def test_a_longer_context_than_the_model_was_trained_for_is_cut_with_a_warning(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MODELS", str(folder / "own.toml"))
+    monkeypatch.setenv("LOOKONCE_MODELS_DIR", str(folder))
+    write_card(folder / "own.toml", folder / "one.gguf", folder / "two.gguf", n_ctx=1_000_000)
+    with lookonce.load("tiny", store=False, threads=1) as model:
+        assert model.n_ctx == 32_768
+    (said,) = [record.message for record in caplog.records if "n_ctx" in record.message]
+    assert said.startswith("tiny has 1000000 as n_ctx on its card, but one.gguf was trained for 32768, which is taken")
+
+
+def test_cards_that_cannot_be_read_stop_names_and_not_files(
+    card: ModelCard, folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (folder / "own.toml").write_text("[mine]\nfamily = 5\n")
+    monkeypatch.chdir(folder)
+    for named in (folder, folder / "one.gguf", "one.gguf"):
+        caplog.clear()
+        assert find_files(named).projector is not None
+        (said,) = [record.message for record in caplog.records]
+        assert said.startswith(f"your own cards are left out: {folder / 'own.toml'}, line 2: mine.family is 5")
+    for name in ("mine", "qwen3-vl-2b-instruct"):
+        with pytest.raises(ModelFileError, match=r"own.toml, line 2: mine.family is 5"):
+            find_files(name)
+
+
+def test_what_is_passed_over_is_told_once_also_where_all_is_searched_again(
+    card: ModelCard, folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fetch(*_: object) -> None:
+        (folder / "deep").mkdir()
+        (folder / "right").rename(folder / "deep" / "one.gguf")
+
+    shutil.copy(folder / "one.gguf", folder / "right")
+    (folder / "one.gguf").write_bytes(b"cut")
+    assert find_files("tiny", fetch=fetch).text.path == folder / "deep" / "one.gguf"
+    assert len([record for record in caplog.records if "has 3 bytes" in record.message]) == 1
 
 
 # --- content that is not what is published
@@ -409,7 +529,7 @@ def test_a_cards_file_of_another_content_is_refused_with_both_hashes(
     said = str(caught.value)
     assert said.startswith(
         f"{folder / name} is not the file that tiny means: its SHA-256 is {actual}, expected {expected}: "
-        "`lookonce pull tiny` fetches them, 21.4 MB; delete this one, or give its path in place of the name"
+        f"delete {folder / name}, then `lookonce pull tiny --to {folder}` fetches it again, or give its path in place"
     )
     assert "\n" not in said
 
@@ -520,7 +640,7 @@ def test_of_the_others_one_that_does_not_fit_is_passed_over(
     missing = find_files("mine").missing
     stray = shelf / "aaa-other" / "mmproj-F16.gguf"
     assert missing.startswith(
-        f"the projector of mine is not on this disk ({stray} is of another model): `lookonce pull"
+        f"mmproj-F16.gguf, the projector of mine, is not on this disk ({stray} is of another model): `lookonce pull"
     )
     (shelf / "bbb").mkdir()
     maker.write_projector(shelf / "bbb" / "mmproj-F16.gguf", keys=name_keys(name="Mine"))

@@ -15,7 +15,7 @@ from huggingface_hub import try_to_load_from_cache
 
 from lookonce.cards import CardFile, ModelCard
 from lookonce.errors import ModelFileError
-from lookonce.model_folders import find_named, folders, locate, published_name, user_folder
+from lookonce.model_folders import find_named, folder_problem, folders, locate, published_name, user_folder
 
 FILE = CardFile("tiny.gguf", 4)
 CARD = ModelCard("tiny", "qwen3vl", "MIT", {"F32": FILE}, {}, "me/Tiny.GGUF", "us/Tiny.GGUF")
@@ -75,6 +75,8 @@ def test_a_file_of_another_size_is_passed_over_with_a_warning(home: Path, caplog
     assert f"{cut} has 2 bytes where the card tiny says 4" in caplog.text
     whole = put(home / "models" / "deep" / "tiny.gguf")
     assert locate(CARD, FILE) == whole
+    assert locate(CARD, FILE, any_size=True) == whole
+    whole.unlink()
     assert locate(CARD, FILE, any_size=True) == cut
     assert locate(CARD, CardFile("tiny.gguf")) == cut
 
@@ -152,6 +154,37 @@ def test_the_folders_are_searched_in_the_promised_order(home: Path, monkeypatch:
     file = put(home / "models" / "any.gguf")
     assert find_named("any.gguf") == file
     assert find_named("none.gguf") is None
+
+
+@pytest.mark.parametrize("place", ["any.gguf", "one/any.gguf", "owner/repository/any.gguf"])
+def test_a_name_alone_is_found_up_to_two_folders_deeper(home: Path, place: str) -> None:
+    assert find_named("any.gguf") is None
+    file = put(home / "models" / place)
+    assert find_named("any.gguf") == file
+    assert find_named("*.gguf") is None
+    assert find_named(file.parent.name) == (None if place == "any.gguf" else file.parent)
+
+
+def test_a_name_that_lies_in_several_folders_is_refused_with_these(home: Path) -> None:
+    files = [put(home / "models" / one / "mmproj-F16.gguf") for one in ("a", "b")]
+    with pytest.raises(
+        ModelFileError, match=rf"'mmproj-F16.gguf' is in several folders \({files[0]}, {files[1]}\): give"
+    ):
+        find_named("mmproj-F16.gguf")
+    first = put(home / "models" / "mmproj-F16.gguf")
+    assert find_named("mmproj-F16.gguf") == first
+
+
+def test_a_named_folder_that_is_none_is_told(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = home / "models"
+    assert folder_problem() == f"LOOKONCE_MODELS_DIR is '{named}', which does not exist"
+    named.write_bytes(b"")
+    assert folder_problem() == f"LOOKONCE_MODELS_DIR is '{named}', which is no folder"
+    named.unlink()
+    named.mkdir()
+    assert folder_problem() == ""
+    monkeypatch.delenv("LOOKONCE_MODELS_DIR")
+    assert folder_problem() == ""
 
 
 def test_what_cannot_be_read_is_no_place_to_find_anything(home: Path) -> None:

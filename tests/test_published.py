@@ -54,6 +54,16 @@ def test_each_revision_has_a_record_of_its_own() -> None:
     assert complete(CARD, FILE) == KNOWN
 
 
+def test_without_a_home_folder_nothing_is_known_and_nothing_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("XDG_DATA_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr("os.getuid", lambda: 54321)  # of whom the system knows no home
+    assert recall("me/Tiny", FILE) == FILE
+    assert complete(CARD, FILE) == FILE
+    with pytest.raises(OSError, match="home directory"):
+        remember("me/Tiny", KNOWN)
+
+
 @pytest.mark.parametrize("damage", ["", "[1]", '{"size_bytes": 4}', '{"size_bytes": 4, "sha256": "../x"}'])
 def test_a_record_that_is_torn_or_of_another_form_is_none(data: Path, damage: str) -> None:
     remember("me/Tiny", KNOWN)

@@ -9,7 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final, Literal, cast, get_args
@@ -25,7 +25,18 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-__all__ = ["DEFAULT_REVISION", "CardFile", "ModelCard", "choose_card", "find_card", "read_cards", "user_file"]
+__all__ = [
+    "DEFAULT_REVISION",
+    "CardFile",
+    "ModelCard",
+    "choose_card",
+    "find_card",
+    "hint",
+    "read_cards",
+    "readable_cards",
+    "split_name",
+    "user_file",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -42,6 +53,8 @@ _REVISION: Final = re.compile(r"(?:(?!\.)[\w.+-]+/)*(?!\.)[\w.+-]+", re.ASCII)  
 _FILE_NAME: Final = re.compile(r"(?:(?!\.)[^/\\\x00-\x1f]+/)*(?!\.)[^/\\\x00-\x1f]+\.gguf")  # it stays in its folder
 _PART: Final = re.compile(r"-\d{5}-of-\d{5}\.gguf$")
 _FAMILIES: Final = ("qwen3vl", "qwen2.5vl", "qwen2vl")
+_LONGEST_SHOWN: Final = 100  # characters of a wrong value in a message
+_DEEPEST: Final = 50  # open brackets, or dots in a key: no card comes near
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +110,9 @@ class ModelCard:
         raise InputError(f"{self.name} has no {what} {wanted!r}: choose one of {', '.join(files)}")
 
 
+_FIELDS: Final = sorted(one.name for one in fields(ModelCard) if one.name != "name")
+
+
 def user_file() -> Path:
     """Where the user's own cards are read from: what LOOKONCE_MODELS names, else the configuration folder."""
     named = os.environ.get("LOOKONCE_MODELS")
@@ -112,9 +128,25 @@ def read_cards() -> Mapping[str, ModelCard]:
 
     Raises ModelFileError, with the file, its line and the field, for a card that cannot be used.
     """
-    cards = _read_file(next(path for path in _SHIPPED if path.exists()), folders=_PACKAGE)
     own = _own_file()
+    cards = _shipped_cards()
     return MappingProxyType(cards if own is None else cards | _read_file(own, folders=own.parent))
+
+
+def readable_cards() -> Mapping[str, ModelCard]:
+    """What `read_cards` gives, without the user's own where they cannot be used, which a warning tells.
+
+    For what does not hang on a name: files given by their path.
+    """
+    try:
+        return read_cards()
+    except ModelFileError as error:
+        logger.warning("your own cards are left out: %s", error)
+        return MappingProxyType(_shipped_cards())
+
+
+def _shipped_cards() -> dict[str, ModelCard]:
+    return _read_file(next(path for path in _SHIPPED if path.exists()), folders=_PACKAGE)
 
 
 def _own_file() -> Path | None:
@@ -143,29 +175,65 @@ def find_card(name: str) -> ModelCard | None:
     return read_cards().get(name.lower()) if _NAME.fullmatch(name.lower()) else None
 
 
-def choose_card(name: str) -> ModelCard:
-    """The card of that name. Raises InputError with the names that come near, and what `read_cards` raises."""
+def split_name(named: str) -> tuple[str, str | None]:
+    """A card's name and the quantization that may stand after it, as in `qwen3-vl-2b-instruct:Q8_0`."""
+    name, _, quantization = named.partition(":")
+    return name, quantization or None
+
+
+def choose_card(named: str) -> tuple[ModelCard, str | None]:
+    """The card of that name, and the quantization where one stands after the name, as the card writes it.
+
+    Raises InputError for a name or quantization that there is not, and what `read_cards` raises.
+    """
+    name, quantization = split_name(named)
     card = find_card(name)
-    if card is not None:
-        return card
-    names = list(read_cards())
-    near = difflib.get_close_matches(name.lower(), names, n=3) or names
-    raise InputError(f"{name!r} is no model's name: choose one of {', '.join(near)}")
+    if card is None:
+        raise InputError(f"{named!r} is no model's name: {hint(named)}")
+    if quantization is None:
+        return card, None
+    file = card.text_file(quantization)
+    return card, next(kind for kind, one in card.text.items() if one is file)
+
+
+def hint(named: str) -> str:
+    """What to do where a name is not known: the names that come near, and the command that shows all."""
+    name = split_name(named)[0].lower()
+    names = list(readable_cards())
+    near = difflib.get_close_matches(name, names, n=3) or [one for one in names if len(name) > 2 and name in one][:4]
+    perhaps = f"perhaps {' or '.join(near)} is meant, and " if near else ""
+    return f"{perhaps}`lookonce models list` shows all"
 
 
 def _read_file(path: Path, *, folders: Path) -> dict[str, ModelCard]:
+    text = _read_text(path)
     try:
-        text = path.read_text("utf-8")
-        tables = tomllib.loads(text)
+        tables = _parse(path, text)
+        return {name: _CardReader(path, text, name, table, folders).card() for name, table in tables.items()}
+    except RecursionError as error:
+        raise ModelFileError(
+            f"{path}, line {_deepest_line(text)}: what stands here is nested deeper than any card: write its fields as "
+            "the other cards have them"
+        ) from error
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text("utf-8").removeprefix("\ufeff")  # the mark that some editors put first
     except OSError as error:
         raise ModelFileError(
             f"{path} cannot be read ({error.strerror or error}): check path and permissions"
         ) from error
-    except tomllib.TOMLDecodeError as error:  # which names the line
-        raise ModelFileError(f"{path} is not TOML: {error}") from error
-    except ValueError as error:
+    except UnicodeDecodeError as error:
         raise ModelFileError(f"{path} is not UTF-8: save it as UTF-8 text") from error
-    return {name: _CardReader(path, text, name, table, folders).card() for name, table in tables.items()}
+
+
+def _parse(path: Path, text: str) -> dict[str, Any]:
+    try:
+        tables: dict[str, Any] = tomllib.loads(text)
+    except ValueError as error:  # which names the line, but for a number of thousands of digits
+        raise ModelFileError(f"{path} is not TOML: {error}") from error
+    return tables
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,15 +245,19 @@ class _CardReader:
     name: str
     table: Any
     folders: Path
-    _known: set[str] = field(default_factory=set)
 
     def card(self) -> ModelCard:
         if not _NAME.fullmatch(self.name):
             raise self._wrong((), "is no name for a card: use small letters, digits, dots and dashes")
         if not isinstance(self.table, dict):
-            raise self._wrong((), f"is {self.table!r}, but a table was expected: write [{self.name}] above its fields")
+            raise self._wrong(
+                (), f"is {_shown(self.table)}, but a table was expected: write [{self.name}] above its fields"
+            )
         if any(isinstance(value, dict) and key not in ("text", "projector") for key, value in self.table.items()):
             raise self._wrong((), 'holds another table: a card whose name has a dot is written in quotes, ["a.b"]')
+        for key in self.table:  # first: a field that is misspelt is absent under its right name
+            if key not in _FIELDS:
+                raise self._wrong((key,), f"is not known: expected one of {', '.join(_FIELDS)}")
         card = ModelCard(
             name=self.name,
             family=self._required("family", self._choice("family", _FAMILIES)),
@@ -204,9 +276,6 @@ class _CardReader:
             n_ctx=self._count(("n_ctx",)),
             mmproj_type=self._choice("mmproj_type", ("auto", "BF16", "F16", "Q8_0")),
         )
-        for key in self.table:
-            if key not in self._known:
-                raise self._wrong((key,), f"is not known: expected one of {', '.join(sorted(self._known))}")
         if card.min_pixels and card.max_pixels and card.min_pixels > card.max_pixels:
             raise self._wrong(("min_pixels",), f"is {card.min_pixels}, more than max_pixels, {card.max_pixels}")
         if not (card.huggingface or card.modelscope or card.folder):
@@ -216,7 +285,6 @@ class _CardReader:
         return card
 
     def _take(self, keys: tuple[str, ...]) -> Any:
-        self._known.add(keys[0])
         found = self.table
         for key in keys:
             found = found.get(key)
@@ -225,7 +293,7 @@ class _CardReader:
     def _text(self, key: str) -> str | None:
         value = self._take((key,))
         if value is not None and (not isinstance(value, str) or not value.strip()):
-            raise self._wrong((key,), f"is {value!r}, but a text was expected")
+            raise self._wrong((key,), f"is {_shown(value)}, but a text was expected")
         return value
 
     def _required(self, key: str, value: str | None) -> str:
@@ -236,13 +304,13 @@ class _CardReader:
     def _choice(self, key: str, choices: Sequence[str]) -> str | None:
         value = self._text(key)
         if value is not None and value not in choices:
-            raise self._wrong((key,), f"is {value!r}: choose one of {', '.join(choices)}")
+            raise self._wrong((key,), f"is {_shown(value)}: choose one of {', '.join(choices)}")
         return value
 
     def _matching(self, key: str, form: re.Pattern[str], what: str) -> str | None:
         value = self._text(key)
         if value is not None and not form.fullmatch(value):
-            raise self._wrong((key,), f"is {value!r}, but {what} was expected")
+            raise self._wrong((key,), f"is {_shown(value)}, but {what} was expected")
         return value
 
     def _count(self, keys: tuple[str, ...]) -> int | None:
@@ -270,7 +338,7 @@ class _CardReader:
             raise self._wrong((*keys, "file"), f"is {_shown(name)}, but the name of a .gguf file was expected")
         if _PART.search(name):
             raise self._wrong(
-                (*keys, "file"), f"is {name!r}, a part of a split model: load that by its first file's path"
+                (*keys, "file"), f"is {_shown(name)}, a part of a split model: load that by its first file's path"
             )
         if sha256 is not None and not is_sha256(sha256):
             raise self._wrong((*keys, "sha256"), f"is {_shown(sha256)}, but 64 small hexadecimal digits were expected")
@@ -282,7 +350,20 @@ class _CardReader:
 
 
 def _shown(value: object) -> str:
-    return "absent" if value is None else repr(value)
+    if value is None:
+        return "absent"
+    shown = repr(value)
+    return shown if len(shown) <= _LONGEST_SHOWN else f"{shown[:_LONGEST_SHOWN]}..."
+
+
+def _deepest_line(source: str) -> int:
+    """Number of the line from which on more brackets are open than the deepest card has."""
+    depth = 0
+    for number, content in enumerate(source.splitlines(), start=1):
+        depth += sum(content.count(one) for one in "[{") - sum(content.count(one) for one in "]}")
+        if max(depth, content.count("["), content.count("{"), content.count(".")) > _DEEPEST:
+            return number
+    return 1
 
 
 _HEADER: Final = re.compile(r"\s*\[([^\[\]]+)\]\s*(#.*)?")

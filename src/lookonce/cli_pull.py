@@ -3,13 +3,14 @@
 Loads no hub's client before it is run, and no native library at all.
 """
 
-from pathlib import Path
+import shlex
 from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
 from lookonce.byte_size import format_size
 from lookonce.cli_option import JsonFlag, gather
+from lookonce.errors import InputError
 from lookonce.hub import TITLES
 from lookonce.terminal import byte_bars, write, write_error, write_json
 
@@ -29,7 +30,9 @@ HF_TOKEN, HF_HOME, HF_ENDPOINT, HF_HUB_OFFLINE and their like of ModelScope are 
 @gather
 def pull_model(
     *,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="A card's name; lookonce models list shows them.")],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="A card's name, or NAME:QUANT; lookonce models list shows them.")
+    ],
     quant: Annotated[
         str | None, typer.Option(metavar="TYPE", help="Quantization of the text model. Default: the card's first.")
     ] = None,
@@ -43,7 +46,7 @@ def pull_model(
         ),
     ] = "auto",
     to: Annotated[
-        Path | None, typer.Option(metavar="FOLDER", help="Put the files here. Default: the hub's own cache.")
+        str | None, typer.Option(metavar="FOLDER", help="Put the files here. Default: the hub's own cache.")
     ] = None,
     json_: JsonFlag = False,
 ) -> None:
@@ -56,13 +59,16 @@ def pull_model(
 
 
 def fetch(
-    name: str, *, quant: str | None, projector_type: str | None, source: str, folder: Path | None, as_json: bool
+    name: str, *, quant: str | None, projector_type: str | None, source: str, folder: str | None, as_json: bool
 ) -> None:
     """Pull the files of the card of that name with bars on a terminal, and print where they are."""
     from lookonce.cards import choose_card
     from lookonce.download import pull
 
-    card = choose_card(name)
+    card, named_quant = choose_card(name)
+    if None not in (quant, named_quant) and str(quant).lower() != str(named_quant).lower():
+        raise InputError(f"{name} and --quant {quant} were both given: give one quantization")
+    quant = quant or named_quant
     with byte_bars() as move:
 
         def show(step: "PullStep") -> None:
@@ -82,6 +88,20 @@ def fetch(
     else:
         write_error(f"{card.name}: {_summary(card, pulled)}")
         write("".join(f"{file.path}\n" for file in files.values()))
+        if folder is not None and card.folder is None:
+            write_error(_use(card.name if quant is None else f"{card.name}:{quant}", pulled))
+
+
+def _use(name: str, pulled: "PulledFiles") -> str:
+    """How to use what was put into a folder of the user's own."""
+    from lookonce.model_folders import folders
+
+    folder = pulled.text.parent
+    if folder in folders():
+        return f"to use it: --model {name}"
+    alone = len(list(folder.glob("*.gguf"))) == len({pulled.text, pulled.projector})
+    path = shlex.quote(str(folder if alone else pulled.text))
+    return f"to use it: --model {path}, or LOOKONCE_MODELS_DIR={shlex.quote(str(folder))} and --model {name}"
 
 
 _DOING = {"fetching": "Fetching", "checking": "Checking", "waiting": "Another process fetches"}

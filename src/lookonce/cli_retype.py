@@ -84,10 +84,10 @@ class _Percent:
 
 
 def _find_projector(named: str) -> Path:
-    from lookonce.cards import find_card
+    from lookonce.cards import find_card, split_name
     from lookonce.model_files import find_files
 
-    if find_card(named.partition(":")[0]) is None and not Path(named).expanduser().is_dir():
+    if find_card(split_name(named)[0]) is None and not Path(named).expanduser().is_dir():
         return Path(named).expanduser()
     found = find_files(named)
     if found.projector is None:

@@ -18,12 +18,12 @@ import psutil
 
 from lookonce import gguf_check, gguf_file, retype
 from lookonce.byte_size import format_size
-from lookonce.cards import find_card, read_cards
+from lookonce.cards import ModelCard, readable_cards, split_name
 from lookonce.drawing import draw_shape
 from lookonce.errors import ModelFileError, StoreError
 from lookonce.gguf_file import GgufFile
 from lookonce.model_files import locate_card
-from lookonce.model_folders import folders, repository_folders
+from lookonce.model_folders import folder_problem, folders, repository_folders
 from lookonce.store import Store
 from lookonce.version import VERSION
 
@@ -173,6 +173,8 @@ def lines(report: Report) -> Iterator[str]:
         yield f"  {'threads used':<18}{native.threads}"
         yield f"  {'devices':<18}{', '.join(native.devices)}"
     yield "Models"
+    if problem := folder_problem():
+        yield f"  {problem}"
     for model in report.models:
         yield from _model_lines(model)
     if not report.models:
@@ -272,8 +274,9 @@ def find_models(named: str | None) -> list[FoundModel]:
 
     Each folder and the folders in it are searched, no deeper; of the hubs' caches those that cards tell of.
     """
-    cached = [folder for card in read_cards().values() for folder in repository_folders(card)]
-    searched = [*([_folder_of(named)] if named else []), *folders(), Path.cwd(), *cached]
+    cards = readable_cards()
+    cached = [folder for card in cards.values() for folder in repository_folders(card)]
+    searched = [*([_folder_of(named, cards)] if named else []), *folders(), Path.cwd(), *cached]
     found: dict[Path, Path] = {}
     for path in (path for folder in searched for path in _ggufs(folder)):
         found.setdefault(path.resolve(), path.absolute())  # in a cache only a link tells a file's name
@@ -286,8 +289,8 @@ def find_models(named: str | None) -> list[FoundModel]:
     return [one if isinstance(one, FoundModel) else _describe(one, projectors) for one in read]
 
 
-def _folder_of(named: str) -> Path:
-    card = find_card(named.partition(":")[0])
+def _folder_of(named: str, cards: Mapping[str, ModelCard]) -> Path:
+    card = cards.get(split_name(named)[0].lower())
     text = None if card is None else locate_card(card).text
     path = Path(named).expanduser() if text is None else text
     return path if path.is_dir() else path.parent

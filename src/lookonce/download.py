@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
-from os import PathLike
+from os import PathLike, fspath
 from pathlib import Path
 from typing import Final, Literal, get_args
 
@@ -100,16 +100,18 @@ def pull(
         with _open_notes() as notes:
             return PulledFiles(*(_beside(card, card.folder / file.name, file, tell, notes) for file in wanted))
     hubs = _choose_hubs(card, source)
-    chosen = None if folder is None else _check_folder(Path(folder))
+    chosen = None if folder is None else _check_folder(folder)
     with _open_notes() as notes:
         return PulledFiles(*_Pull(card, hubs, chosen, tell, notes).run(wanted))
 
 
-def _check_folder(folder: Path) -> Path:
+def _check_folder(folder: str | PathLike[str]) -> Path:
+    if not fspath(folder):
+        raise InputError("the folder for the model's files is '': give its path, a dot for the present one")
     try:
-        found = folder.expanduser().absolute()
+        found = Path(folder).expanduser().absolute()
     except RuntimeError as error:  # a home folder that nobody has
-        raise InputError(f"{str(folder)!r} ({error}): give the path of a folder") from error
+        raise InputError(f"{fspath(folder)!r} ({error}): give the path of a folder") from error
     if found.exists() and not found.is_dir():
         raise InputError(f"{folder} is a file: give a folder for the model's files")
     return found

@@ -10,7 +10,6 @@ next ones only those after the system has written that page to the disk. Nor is 
 import hashlib
 import json
 import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Final
 from lookonce.errors import InputError, ModelFileError, StoreError
 from lookonce.gguf_cursor import open_file
 from lookonce.gguf_file import GgufFile
+from lookonce.sha256_form import is_sha256
 from lookonce.store import Store
 
 __all__ = [
@@ -32,7 +32,6 @@ __all__ = [
 ]
 
 _KIND: Final = "fingerprint"
-_SHA256: Final = re.compile(r"[0-9a-f]{64}")
 # A file changed this lately could change again within its clock's resolution; clocks that tell no fractions are coarse.
 _SETTLED_S: Final = 0.1
 _SETTLED_COARSE_S: Final = 2.0
@@ -57,7 +56,7 @@ class Fingerprint:
         self.check_unchanged()
         if self._value is None:
             found = recall(_KIND, self._identity, self._store)
-            self._value = found if found is not None and _SHA256.fullmatch(found) else None
+            self._value = found if is_sha256(found) else None
         return self._value
 
     def value(self) -> str:

@@ -12,7 +12,7 @@ from lookonce.gguf_field import array_length, integer, wrong
 from lookonce.gguf_file import GgufFile, strings
 from lookonce.gguf_qwen import check_qwen_projector, check_qwen_text
 
-__all__ = ["check_pair", "check_projector", "check_text_model", "family", "input_width"]
+__all__ = ["check_pair", "check_projector", "check_text_model", "families", "family", "input_width"]
 
 _FAMILIES = {"qwen2vl_merger": "qwen2vl", "qwen2.5vl_merger": "qwen2.5vl", "qwen3vl_merger": "qwen3vl"}
 _TEXT_FAMILIES = {
@@ -144,6 +144,13 @@ def family(projector: GgufFile) -> str:
     keys = ("clip.projector_type", "clip.vision.projector_type")
     kind = next((value for key in keys if isinstance(value := projector.metadata.get(key), str) and value), "")
     return _FAMILIES.get(kind, kind)
+
+
+def families(gguf: GgufFile) -> tuple[str, ...]:
+    """Return the families that a checked file of either kind may belong to; a name of its own where it is of none."""
+    if _is_projector(gguf):
+        return (family(gguf),)
+    return _TEXT_FAMILIES.get(gguf.architecture, (gguf.architecture,))
 
 
 def _output_width(projector: GgufFile) -> int:

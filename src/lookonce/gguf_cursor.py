@@ -28,14 +28,14 @@ def open_file(path: Path) -> BinaryIO:
     """
     try:
         mode = path.stat().st_mode
-        if not stat.S_ISREG(mode):
-            kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
-            raise ModelFileError(f"{path} is {kind}, but a .gguf file was expected: give the file itself")
-        return path.open("rb", buffering=0)
+        if stat.S_ISREG(mode):
+            return path.open("rb", buffering=0)
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist: check the path, or download the model") from None
     except (OSError, ValueError) as error:
         raise ModelFileError(f"{path} cannot be opened ({error}): check path and permissions") from error
+    kind = "a folder" if stat.S_ISDIR(mode) else "not a regular file"
+    raise ModelFileError(f"{path} is {kind}, but a .gguf file was expected: give the file itself")
 
 
 class Cursor:

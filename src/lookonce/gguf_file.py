@@ -349,6 +349,12 @@ def _join(first: GgufFile) -> GgufFile:
     paths = _siblings(first.path, count)
     if number != 0:
         raise ModelFileError(f"{first.path} is part {number + 1} of {count}: give the first, {paths[0].name}")
+    if lacking := [path.name for path in paths[1:] if not path.exists()]:
+        named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} more" if len(lacking) > 3 else "")
+        raise ModelFileError(
+            f"{first.path} is the first of {count} parts, and {named} is not beside it: "
+            "download all parts into one folder"
+        )
     tensors = dict(first.tensors)
     size = first.size_bytes
     statuses = first.statuses

@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from lookonce.errors import DownloadError, LookonceError
+from lookonce.errors import DownloadError, InputError, LookonceError
 from lookonce.hub import TITLES, HubFile, HubUnavailable, PartWriter, Source, first_line, held, is_final, muted, refusal
 from lookonce.hub_cache import huggingface_folder
 from lookonce.sha256_form import is_sha256
@@ -39,6 +39,11 @@ class HuggingFace:
         """Ask the hub for one file's size and hash."""
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
+        if not constants.ENDPOINT.startswith(("http://", "https://")):
+            raise InputError(
+                f"HF_ENDPOINT is {constants.ENDPOINT!r}: set it to a hub's address, which begins with https://, "
+                "or unset it"
+            )
         with _translated(repository, name):
             found = get_hf_file_metadata(
                 hf_hub_url(repository, name, revision=self.revision),

@@ -5,30 +5,24 @@ that is known; a path stands for itself. A projector is recognised by its metada
 """
 
 import logging
-import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from os import PathLike, fspath
 from pathlib import Path
-from typing import Final
 
-from lookonce import gguf_check, gguf_file, published, retype
-from lookonce.byte_size import format_size
-from lookonce.cards import CardFile, ModelCard, find_card, read_cards
+from lookonce import gguf_check, gguf_file, published, remedy, retype
+from lookonce.cards import CardFile, ModelCard, find_card, hint, readable_cards, split_name
 from lookonce.errors import ModelFileError
 from lookonce.fingerprint import Fingerprint
-from lookonce.gguf_file import GgufFile, plain_name
-from lookonce.model_folders import exists, find_named, locate, places, published_name
+from lookonce.folder_files import FolderFiles, fitting_projector, only_text_model, read_folder, warn_of_names
+from lookonce.gguf_file import GgufFile
+from lookonce.model_folders import exists, find_named, folder_aside, locate, places, published_name
 from lookonce.store import Store
 
-__all__ = ["CardPaths", "Fetch", "ModelFiles", "find_files", "locate_card", "pull_command"]
+__all__ = ["CardPaths", "Fetch", "ModelFiles", "find_files", "locate_card"]
 
 logger = logging.getLogger(__name__)
 
-PROJECTOR: Final = "clip"  # general.architecture of every projector file
-_EMBEDDING: Final = "token_embd.weight"  # what every text model has
-_LATER_PART: Final = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")
-_IDENTITY: Final = ("general.basename", "general.size_label", "general.finetune", "general.version")
 
 Fetch = Callable[[ModelCard, str | None], object]
 """Fetches a card's files, of the quantization asked for or the default one, to where `locate` finds them."""
@@ -80,23 +74,37 @@ def find_files(
     is none, or several fit equally, the model has no projector, which is enough to replay saved looks. Raises
     ModelFileError for a missing, damaged or mismatched file.
     """
-    card, _, quantization = model.partition(":") if isinstance(model, str) else ("", "", "")
-    if (named := find_card(card)) is not None:
-        search = _CardSearch(named, quantization or None, mmproj_type or named.mmproj_type, store)
+    name, quantization = split_name(model) if isinstance(model, str) else ("", None)
+    if (named := _named_card(name, model)) is not None:
+        search = _CardSearch(named, quantization, mmproj_type or named.mmproj_type, store)
         return _in_type(_of_card(search, mmproj, fetch), mmproj_type, store)
-    path = _path("model", model)
-    if not exists(path) and len(path.parts) == 1:
-        path = find_named(path.name) or path
-    if exists(path):
-        text = _only_text_model(path) if path.is_dir() else _text_model(path)
-    else:
-        raise ModelFileError(
-            f"{fspath(model)!r} does not exist: give a text model's .gguf file, a folder that holds one, or one of "
-            f"{', '.join(read_cards())}"
-        )
+    path = _place("model", model)
+    if not exists(path):
+        raise _unknown(model)
+    beside = read_folder(path) if path.is_dir() else None
+    text = _text_model(path) if beside is None else only_text_model(beside)
     card_of_file = _card_of(text, store)
     kind = mmproj_type or (card_of_file.mmproj_type if card_of_file else None)
-    return _in_type(replace(_paired(text, mmproj, kind), card=card_of_file), mmproj_type, store)
+    return _in_type(replace(_paired(text, mmproj, kind, beside), card=card_of_file), mmproj_type, store)
+
+
+def _named_card(name: str, model: str | PathLike[str]) -> ModelCard | None:
+    try:
+        return find_card(name)
+    except ModelFileError:  # of the user's cards, which a file has no need of
+        if exists(_place("model", model)):
+            return None
+        raise
+
+
+def _unknown(model: str | PathLike[str]) -> ModelFileError:
+    given = fspath(model)
+    if isinstance(model, PathLike) and split_name(given)[0].lower() in readable_cards():
+        return ModelFileError(f"{given!r} is a model's name and no file or folder: give it as a str, not as a path")
+    return ModelFileError(
+        f"{given!r} does not exist{folder_aside()}: give a text model's .gguf file, a folder that holds one, or a "
+        f"model's name; {hint(given)}"
+    )
 
 
 def locate_card(card: ModelCard, quantization: str | None = None, mmproj_type: str | None = None) -> CardPaths:
@@ -107,15 +115,6 @@ def locate_card(card: ModelCard, quantization: str | None = None, mmproj_type: s
     texts = card.text.values() if quantization is None else [card.text_file(quantization)]
     kinds = _by_type(card, mmproj_type)
     return CardPaths(_first(card, texts), _first(card, [card.projector[kind] for kind in kinds]))
-
-
-def pull_command(card: ModelCard, quantization: str | None = None) -> str:
-    """The command that fetches a card's files, and how much it fetches."""
-    quant = "" if quantization is None else f" --quant {quantization}"
-    sizes = [card.text_file(quantization).size_bytes, card.projector_file().size_bytes]
-    known = format_size(sum(size for size in sizes if size))
-    much = f", {known}" if all(sizes) else f", more than {known}" if any(sizes) else ""
-    return f"`lookonce pull {card.name}{quant}` fetches them{much}"
 
 
 class _CardSearch:
@@ -129,12 +128,19 @@ class _CardSearch:
         self.unfit: list[Path] = []
         self.paired = False  # whether both files of the card were found
         self._store = store
+        self._told: set[str] = set()
 
     def text(self) -> GgufFile | None:
         """The text model. Raises InputError for a quantization that the card has not, and what `_found` raises."""
         card = self.card
         texts = card.text.values() if self.quantization is None else [card.text_file(self.quantization)]
-        return self._found(self._places(texts), _text_model)
+
+        def read(path: Path) -> GgufFile:
+            text = _text_model(path)
+            self._check_family(text)
+            return text
+
+        return self._found(self._places(texts), read)
 
     def projector(self, text: GgufFile) -> GgufFile | None:
         """The projector: of the wanted type if there is one, and rather from the text model's own folder.
@@ -146,6 +152,7 @@ class _CardSearch:
         def read(path: Path) -> GgufFile:
             projector = gguf_file.read(path)
             gguf_check.check_projector(projector)
+            self._check_family(projector)
             gguf_check.check_pair(text, projector)
             return projector
 
@@ -158,14 +165,28 @@ class _CardSearch:
         except ModelFileError as error:
             if any(file.sha256 for _, file in found):
                 raise
-            logger.warning("no projector file of %s is used: %s", self.card.name, error)
+            self._warn(f"no projector file of {self.card.name} is used: {error}")
             self.unfit = [path for path, _ in found]
             return None
 
     def _places(self, files: Iterable[CardFile]) -> Iterator[tuple[Path, CardFile]]:
         for file in files:
             known = published.complete(self.card, file)
-            yield from ((path, known) for path in places(self.card, known))
+            yield from ((path, known) for path in places(self.card, known, warn=self._warn))
+
+    def _warn(self, said: str) -> None:
+        """Warn once, also where what was missing was fetched and all is searched again."""
+        if said not in self._told:
+            logger.warning("%s", said)
+        self._told.add(said)
+
+    def _check_family(self, gguf: GgufFile) -> None:
+        found = gguf_check.families(gguf)
+        if self.card.family not in found:
+            raise ModelFileError(
+                f"{gguf.path} is of the family {' or '.join(found)}, but {self.card.name} has {self.card.family} as "
+                "family on its card: correct the card, or give the file's path in place of the name"
+            )
 
     def _found(self, where: Iterable[tuple[Path, CardFile]], read: Callable[[Path], GgufFile]) -> GgufFile | None:
         """The first file whose content is right and that can be read.
@@ -184,7 +205,7 @@ class _CardSearch:
                 wrong.append(error)
                 continue
             for reason in wrong:
-                logger.warning("passed over for %s: %s", path, reason)
+                self._warn(f"passed over for {path}: {reason}")
             if file.sha256 is not None:
                 self.verified.append(path)
             return found
@@ -193,12 +214,9 @@ class _CardSearch:
         return None
 
     def _differs(self, path: Path, expected: str, actual: str) -> ModelFileError:
-        remedy = "install again"
-        if self.card.folder is None:
-            remedy = f"{pull_command(self.card, self.quantization)}; delete this one"
         return ModelFileError(
             f"{path} is not the file that {self.card.name} means: its SHA-256 is {actual}, expected {expected}: "
-            f"{remedy}, or give its path in place of the name to use it all the same"
+            f"{remedy.replace_damaged(self.card, path)}, or give its path in place of the name to use it all the same"
         )
 
 
@@ -215,15 +233,22 @@ def _of_card(search: _CardSearch, mmproj: str | PathLike[str] | None, fetch: Fet
         fetch(card, quantization)
         files = _on_disk(search, mmproj)
     if files is None:
-        what = card.name if quantization is None else f"{card.name}:{quantization}"
-        if card.folder is not None:
-            raise ModelFileError(f"the files of {what} are not in {card.folder}: put them back, or install again")
-        raise ModelFileError(f"the files of {what} are not on this disk: {pull_command(card, quantization)}")
-    if files.projector is None and card.folder is None:
+        raise ModelFileError(remedy.none_here(card, quantization))
+    if files.projector is None:
         unfit = f" ({', '.join(map(str, search.unfit))} is of another model)" if search.unfit else ""
-        missing = f"the projector of {card.name} is not on this disk{unfit}: {pull_command(card)}, or use a saved look"
-        files = replace(files, missing=missing)
+        missing = remedy.one_missing(card, "projector", files.text.path, aside=unfit)
+        files = replace(files, missing=f"{missing}, or use a saved look")
+    _warn_of_length(card, files.text)
     return replace(files, card=card, verified=tuple(search.verified))
+
+
+def _warn_of_length(card: ModelCard, text: GgufFile) -> None:
+    trained = text.metadata.get(f"{text.architecture}.context_length")
+    if card.n_ctx is not None and isinstance(trained, int) and card.n_ctx > trained:
+        logger.warning(
+            "%s has %d as n_ctx on its card, but %s was trained for %d, which is taken: correct the card",
+            *(card.name, card.n_ctx, text.path.name, trained),
+        )
 
 
 def _on_disk(search: _CardSearch, mmproj: str | PathLike[str] | None) -> ModelFiles | None:
@@ -234,9 +259,9 @@ def _on_disk(search: _CardSearch, mmproj: str | PathLike[str] | None) -> ModelFi
     projector = None if mmproj is not None else search.projector(text)
     search.paired = projector is not None
     if projector is None:
-        return _paired(text, mmproj, search.mmproj_type)
+        return _paired(text, mmproj, search.mmproj_type, None)
     if projector.path not in search.verified:
-        _warn_of_names(text, projector)
+        warn_of_names(text, projector)
     return ModelFiles(text, projector, chosen=False)
 
 
@@ -250,8 +275,8 @@ def _first(card: ModelCard, files: Iterable[CardFile]) -> Path | None:
 
 def _card_of(text: GgufFile, store: Store | None) -> ModelCard | None:
     """The card that a file given by its path belongs to, by the published name and size."""
-    for card in read_cards().values():
-        for file in card.text.values():
+    for card in readable_cards().values():
+        for file in card.text.values() if card.family in gguf_check.families(text) else ():
             if published_name(card, file, text.path.name) and file.size_bytes in (None, text.statuses[0].st_size):
                 _warn_of_content(card, published.complete(card, file), text, store)
                 return card
@@ -277,18 +302,6 @@ def _text_model(path: Path) -> GgufFile:
     return text
 
 
-def _only_text_model(folder: Path) -> GgufFile:
-    # An adapter or an importance matrix has a text model's architecture too.
-    found = [gguf for gguf in _sound_files(folder) if gguf.architecture != PROJECTOR and _EMBEDDING in gguf.tensors]
-    if len(found) == 1:
-        gguf_check.check_text_model(found[0])
-        return found[0]
-    if not found:
-        raise ModelFileError(f"{folder} holds no text model: give the folder of a .gguf file, or the file itself")
-    names = ", ".join(sorted(gguf.path.name for gguf in found))
-    raise ModelFileError(f"{folder} holds several text models ({names}): give one of these files")
-
-
 def _in_type(files: ModelFiles, mmproj_type: str | None, store: Store | None) -> ModelFiles:
     """The files with the projector in the type that the caller or the card wants."""
     wanted = mmproj_type or (files.card.mmproj_type if files.card else None)
@@ -304,65 +317,42 @@ def _in_type(files: ModelFiles, mmproj_type: str | None, store: Store | None) ->
     return replace(files, projector=found, chosen=False)
 
 
-def _paired(text: GgufFile, mmproj: str | PathLike[str] | None, mmproj_type: str | None) -> ModelFiles:
+def _paired(
+    text: GgufFile, mmproj: str | PathLike[str] | None, mmproj_type: str | None, beside: FolderFiles | None
+) -> ModelFiles:
+    """The text model with the named projector, or with the one `beside` it that fits."""
     if mmproj is None:
-        return _with_fitting_projector(text, mmproj_type)
-    path = _path("mmproj", mmproj)
-    if not exists(path) and len(path.parts) == 1:
-        path = find_named(path.name) or path
-    projector = gguf_file.read(path)
+        if beside is None:
+            beside = read_folder(text.path.parent)
+            beside.warn()
+        return _with_fitting_projector(text, beside, mmproj_type)
+    path = _place("mmproj", mmproj)
+    if path.is_dir():
+        inside = read_folder(path)
+        inside.warn()
+        projector, missing = fitting_projector(text, inside, mmproj_type)
+        if projector is None:
+            raise ModelFileError(f"{missing}: give the projector file itself")
+    else:
+        projector = gguf_file.read(path)
     gguf_check.check_projector(projector)
     gguf_check.check_pair(text, projector)
     return ModelFiles(text, projector, chosen=True)
 
 
-def _with_fitting_projector(text: GgufFile, mmproj_type: str | None) -> ModelFiles:
-    projectors = [gguf for gguf in _sound_files(text.path.parent) if gguf.architecture == PROJECTOR]
-    fitting = [gguf for gguf in projectors if _fits(text, gguf)]
-    found = [gguf for gguf in fitting if retype.origin(gguf) is None]
-    if len(found) > 1:  # those of other models of the same family and width fit too
-        found = [gguf for gguf in found if _same_model(text, gguf)] or found
-    if len(found) > 1 and mmproj_type is not None:
-        found = [gguf for gguf in found if retype.projector_type(gguf).lower() == mmproj_type.lower()] or found
-    if len(found) == 1:
-        _warn_of_names(text, found[0])
-        return ModelFiles(text, found[0], chosen=False)
-    others = ", ".join(sorted(gguf.path.name for gguf in projectors if gguf not in fitting))
-    missing = f"no projector file fits {text.path.name} in its folder"
-    if others:
-        missing += f", not {others}"
-    if fitting and not found:
-        names = ", ".join(sorted(gguf.path.name for gguf in fitting))
-        missing += f" but what was retyped from one that is gone ({names})"
-    if found:
-        names = ", ".join(sorted(gguf.path.name for gguf in found))
-        missing = f"several projector files fit {text.path.name} ({names})"
+def _with_fitting_projector(text: GgufFile, beside: FolderFiles, mmproj_type: str | None) -> ModelFiles:
+    projector, missing = fitting_projector(text, beside, mmproj_type)
+    if projector is not None:
+        warn_of_names(text, projector)
+        return ModelFiles(text, projector, chosen=False)
     missing += ", and looking at a picture needs one: give mmproj= or --mmproj, or use a saved look"
     return ModelFiles(text, None, chosen=False, missing=missing)
 
 
-def _same_model(text: GgufFile, projector: GgufFile) -> bool:
-    """Whether both files say that they are of one model, in their names or in what a name is made of."""
-    names = [gguf.metadata.get("general.name") for gguf in (text, projector)]
-    if _named(names) and plain_name(str(names[0])) == plain_name(str(names[1])):
-        return True
-    ours, theirs = ([plain_name(str(gguf.metadata.get(key, ""))) for key in _IDENTITY] for gguf in (text, projector))
-    return bool(ours[0]) and ours == theirs
-
-
-def _named(names: Sequence[object]) -> bool:
-    return all(isinstance(name, str) and name for name in names)
-
-
-def _warn_of_names(text: GgufFile, projector: GgufFile) -> None:
-    # No more than a warning: makers of pairs that belong together have named the two differently.
-    names = [gguf.metadata.get("general.name") for gguf in (text, projector)]
-    if _named(names) and not _same_model(text, projector):
-        logger.warning(
-            "the projector %s calls itself %r and the text model %s %r: if they are of different models, answers are "
-            "wrong, so give the right one as mmproj",
-            *(projector.path, names[1], text.path, names[0]),
-        )
+def _place(what: str, given: str | PathLike[str]) -> Path:
+    """The path that was given; where nothing is there and it is a name alone, the one in the folders of models."""
+    path = _path(what, given)
+    return path if exists(path) or len(path.parts) != 1 else find_named(path.name) or path
 
 
 def _path(what: str, given: str | PathLike[str]) -> Path:
@@ -373,25 +363,3 @@ def _path(what: str, given: str | PathLike[str]) -> Path:
         return Path(path).expanduser()
     except RuntimeError as error:  # a home folder that nobody has
         raise ModelFileError(f"{what} is {given!r} ({error}): give the path of a .gguf file") from error
-
-
-def _fits(text: GgufFile, projector: GgufFile) -> bool:
-    try:
-        gguf_check.check_projector(projector)
-        gguf_check.check_pair(text, projector)
-    except ModelFileError:
-        return False
-    return True
-
-
-def _sound_files(folder: Path) -> list[GgufFile]:
-    """The folder's GGUF files that can be read; a damaged one that nobody named is passed over."""
-    found = []
-    for path in sorted(folder.glob("*.gguf")):
-        if _LATER_PART.search(path.name):  # its first part stands for it
-            continue
-        try:
-            found.append(gguf_file.read(path))
-        except ModelFileError as error:
-            logger.warning("passed over in search of a model's files: %s", error)
-    return found

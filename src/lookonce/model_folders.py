@@ -6,7 +6,7 @@ Knows how those are laid out, and nothing of what is in a file.
 import glob
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import Final
@@ -21,6 +21,8 @@ __all__ = [
     "candidates",
     "exists",
     "find_named",
+    "folder_aside",
+    "folder_problem",
     "folders",
     "locate",
     "places",
@@ -32,6 +34,7 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 _SHARED: Final = Path("/models")  # where containers mount them
+_MOST_SHOWN: Final = 4
 
 
 def folders() -> tuple[Path, ...]:
@@ -55,9 +58,40 @@ def user_folder() -> Path:
     return platformdirs.user_data_path("lookonce") / "models"
 
 
+def folder_problem() -> str:
+    """What is wrong with `LOOKONCE_MODELS_DIR`; else nothing."""
+    found = next(_named_folder(), None)
+    if found is None or found.is_dir():
+        return ""
+    what = "is no folder" if exists(found) else "does not exist"
+    return f"LOOKONCE_MODELS_DIR is {str(found)!r}, which {what}"
+
+
+def folder_aside() -> str:
+    """The same in brackets, to stand after what was not found."""
+    problem = folder_problem()
+    return f" ({problem})" if problem else ""
+
+
 def find_named(name: str) -> Path | None:
-    """A file or folder of that name in the folders of models."""
-    return next((path for folder in folders() if exists(path := folder / name)), None)
+    """A file or folder of that name in the folders of models, or up to two folders deeper, as owner/repository is.
+
+    Raises ModelFileError where several lie deeper: one could be of another model.
+    """
+    pattern = glob.escape(name)
+    for folder in folders():
+        if exists(path := folder / name):
+            return path
+        for deep in ("*", "*/*"):
+            found = _matches(folder, f"{deep}/{pattern}")
+            if len(found) > 1:
+                shown = ", ".join(map(str, found[:_MOST_SHOWN])) + (", ..." if len(found) > _MOST_SHOWN else "")
+                raise ModelFileError(
+                    f"{name!r} is in several folders ({shown}): give the path of the one that is meant"
+                )
+            if found:
+                return found[0]
+    return None
 
 
 def exists(path: Path) -> bool:
@@ -69,25 +103,30 @@ def exists(path: Path) -> bool:
 
 
 def locate(card: ModelCard, file: CardFile, *, any_size: bool = False) -> Path | None:
-    """The first of the places where a card's file lies."""
-    return next(places(card, file, any_size=any_size), None)
+    """The first of the places where a card's file lies; with `any_size`, one of another size where no other is."""
+    if not any_size:
+        return next(places(card, file), None)
+    found = list(_existing(card, file))
+    return next((path for path, size_bytes in found if size_bytes == file.size_bytes), found[0][0] if found else None)
 
 
-def places(card: ModelCard, file: CardFile, *, any_size: bool = False) -> Iterator[Path]:
-    """Where a card's file lies. One of another size than the card says is passed over with a warning."""
-    for path in candidates(card, file):
-        try:
-            size_bytes = path.stat().st_size if path.is_file() else None
-        except OSError:
-            continue
-        if size_bytes is None:
-            continue
-        if any_size or file.size_bytes in (None, size_bytes):
+def places(
+    card: ModelCard, file: CardFile, *, warn: Callable[[str], object] = lambda said: logger.warning("%s", said)
+) -> Iterator[Path]:
+    """Where a card's file lies. One of another size than the card says is passed over, which `warn` is told."""
+    for path, size_bytes in _existing(card, file):
+        if file.size_bytes in (None, size_bytes):
             yield path
-            continue
-        logger.warning(
-            "%s has %d bytes where the card %s says %d: it is not used", path, size_bytes, card.name, file.size_bytes
-        )
+        else:
+            said = f"{path} has {size_bytes} bytes where the card {card.name} says {file.size_bytes}: it is not used"
+            warn(said)
+
+
+def _existing(card: ModelCard, file: CardFile) -> Iterator[tuple[Path, int]]:
+    for path in candidates(card, file):
+        with suppress(OSError):
+            if path.is_file():
+                yield path, path.stat().st_size
 
 
 def published_name(card: ModelCard, file: CardFile, name: str) -> bool:

@@ -30,6 +30,8 @@ def recall(
         size_bytes, sha256 = told["size_bytes"], told["sha256"]
     except (OSError, ValueError, KeyError, TypeError):  # never fetched, or torn: it is fetched or checked once more
         return file
+    except RuntimeError:  # there is no home folder, and so no record in it
+        return file
     if not is_sha256(sha256) or not isinstance(size_bytes, int) or file.size_bytes not in (None, size_bytes):
         return file
     return CardFile(file.name, size_bytes, sha256)
@@ -49,7 +51,10 @@ def remember(
 ) -> None:
     """Keep the size and hash of `file`. Raises OSError where they cannot be kept."""
     told = {"source": source, "repository": repository, "revision": revision, "file": file.name}
-    place = _place(source, repository, revision, file)
+    try:
+        place = _place(source, repository, revision, file)
+    except RuntimeError as error:  # there is no home folder
+        raise OSError(str(error)) from error
     place.parent.mkdir(parents=True, exist_ok=True)
     write_durably(place, json.dumps({**told, "size_bytes": file.size_bytes, "sha256": file.sha256}).encode())
 
