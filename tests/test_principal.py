@@ -64,9 +64,7 @@ def test_a_pca_that_cannot_be_written_leaves_nothing_behind(tmp_path: Path) -> N
 
 
 def test_a_pca_that_was_not_fitted_is_refused_as_such() -> None:
-    with pytest.raises(
-        InputError, match=r"^the SimpleNamespace is not fitted: fit it on this embedder's vec"
-    ):
+    with pytest.raises(InputError, match=r"^the SimpleNamespace is not fitted: fit it on this embedder's vec"):
         Principal.of(SimpleNamespace(fit=None), WIDTH)
 
 

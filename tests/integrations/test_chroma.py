@@ -105,9 +105,7 @@ def test_a_collection_refuses_another_model_or_setting(
         ):
             changed: Any = EmbeddingFunction(lookonce.Embedder(source, **{"dimension": 64, **options}))
             for opening in (client.get_collection, client.get_or_create_collection):
-                with pytest.raises(
-                    ValueError, match=r"conflict: new: lookonce \{.* vs persisted: lookonce \{"
-                ):
+                with pytest.raises(ValueError, match=r"conflict: new: lookonce \{.* vs persisted: lookonce \{"):
                     opening("things", embedding_function=changed)
         same: Any = EmbeddingFunction(lookonce.Embedder(model, dimension=64), query_instruction="Find it.")
         assert client.get_collection("things", embedding_function=same).count() == 1
