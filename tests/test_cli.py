@@ -473,6 +473,7 @@ def test_the_store_is_counted_checked_pruned_and_cleared(
     assert run_here(capsys, "store", "check")[:2] == (0, "entries read: 1, sound\n")
     (entry,) = (path for path in Path(os.environ["LOOKONCE_STORE"], "objects").rglob("*") if path.is_file())
     entry.write_bytes(flip(entry.read_bytes(), -9))
+    assert "lookonce store check --repair deletes what is damaged" in run_here(capsys, "store", "check")[1]
     status, out, _ = run_here(capsys, "store", "check", "--json")
     assert (status, json.loads(out)["sound"], len(json.loads(out)["corrupt"])) == (1, False, 1)
     assert run_here(capsys, "store", "check", "--repair")[0] == 0

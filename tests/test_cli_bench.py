@@ -67,6 +67,7 @@ def test_a_picture_a_question_and_a_store_of_ones_own(
         ((), "no model was given: give --model NAME|FILE|FOLDER, set LOOKONCE_MODEL, or --synthetic 2b"),
         (("--synthetic", "3b"), "there is no shape '3b': choose one of tiny, "),
         (("--synthetic", "tiny", "--mmproj", "x.gguf"), "--synthetic and --mmproj were both given"),
+        (("--synthetic", "tiny", "--model", "demo"), "--synthetic and --model were both given"),
         (("--model", "x.gguf", "--no-store"), "a kept look and state are what is measured"),
         (("--model", "x.gguf"), "'x.gguf' does not exist"),
         (("--model", "x.gguf", "-i", "none.png"), "none.png"),

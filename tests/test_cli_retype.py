@@ -100,6 +100,8 @@ def _picture(folder: Path) -> Path:
     [
         (("text.gguf",), "is a text model"),
         (("none.gguf",), "none.gguf does not exist"),
+        (("demo", "--type", "F16"), "is part of the package, where nothing is written"),
+        (("mmproj-F32.gguf", "--threads", "0"), "Invalid value for '--threads'"),
         (("mmproj-F32.gguf", "--type", "Q2_K"), "'Q2_K' is no type of a projector here: choose one of BF16"),
     ],
 )

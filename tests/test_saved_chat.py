@@ -15,7 +15,7 @@ import lookonce
 from look_maker import make_look, make_picture
 from lookonce import saved_chat
 from lookonce.chat import Chat
-from lookonce.errors import ClosedError, MismatchError, SavedLookError
+from lookonce.errors import ClosedError, InputError, MismatchError, SavedLookError
 from lookonce.model import Model
 from lookonce.saved_chat import SavedChat
 from lookonce.tensor_file import array_bytes, head, unpack
@@ -318,6 +318,11 @@ def test_a_saved_chat_holds_no_other_conversation(folder: Path, tmp_path: Path) 
     with load(folder, n_ctx=512) as model:
         chats = [Chat.load(model, tmp_path / f"{name}.safetensors") for name in ("first", "second")]
         assert [chat.ask("And?", **options).text for chat in chats] == expected
+
+
+def test_a_model_that_is_none_is_told(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="the model is a str: give what"):
+        Chat.load("demo", tmp_path / "chat.safetensors")  # type: ignore[arg-type]
 
 
 # --- forks

@@ -85,8 +85,11 @@ def test_the_folder_and_the_limit_come_from_the_environment(tmp_path: Path, monk
         assert (store.folder, store.limit_bytes) == (tmp_path / "named", 1000)
     with Store(tmp_path / "given", limit_bytes=5) as store:
         assert (store.folder, store.limit_bytes) == (tmp_path / "given", 5)
-    monkeypatch.setenv("LOOKONCE_STORE_LIMIT", "20 GB")
-    with pytest.raises(InputError, match="'20 GB'"):
+    monkeypatch.setenv("LOOKONCE_STORE_LIMIT", "2 GB")
+    with Store() as store:
+        assert store.limit_bytes == 2_000_000_000
+    monkeypatch.setenv("LOOKONCE_STORE_LIMIT", "much")
+    with pytest.raises(InputError, match="LOOKONCE_STORE_LIMIT: 'much' is not a size"):
         Store()
     monkeypatch.delenv("LOOKONCE_STORE")
     monkeypatch.delenv("LOOKONCE_STORE_LIMIT")

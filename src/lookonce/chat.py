@@ -14,7 +14,7 @@ from typing_extensions import Self, Unpack
 
 from lookonce.embedding import ImageEmbedding
 from lookonce.engine import Engine
-from lookonce.errors import ClosedError, MismatchError, PromptError
+from lookonce.errors import ClosedError, InputError, MismatchError, PromptError
 from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, PendingLook
 from lookonce.prompt import Message, Unit, name_looks, place_looks
@@ -235,6 +235,8 @@ class Chat:
         the native library, the text is the same and is evaluated again by the next question. Raises SavedLookError
         for a damaged file, MismatchError for one of another text model.
         """
+        if not hasattr(model, "engine"):
+            raise InputError(f"the model is a {type(model).__name__}: give what lookonce.load returned, then the path")
         saved = SavedChat.load(path)
         engine = model.engine
         if saved.fingerprint != engine.fingerprint:

@@ -283,6 +283,8 @@ def check(
             for name in getattr(report, what):
                 write(f"  {what}: {name}\n")
     if not report.sound and not repair:
+        if not json_:
+            write("lookonce store check --repair deletes what is damaged\n")
         raise typer.Exit(FAILURE)
 
 

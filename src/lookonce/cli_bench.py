@@ -1,6 +1,7 @@
 """The command that measures: `lookonce bench`."""
 
 import contextlib
+import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -98,6 +99,8 @@ def _model(load: ModelOptions, synthetic: str | None) -> tuple[str, dict[str, An
     if synthetic is not None:
         if load.mmproj is not None:
             raise InputError("--synthetic and --mmproj were both given: a model of random weights has its own")
+        if load.model not in (None, os.environ.get("LOOKONCE_MODEL")):
+            raise InputError("--synthetic and --model were both given: give one of them")
         text, projector = _synthetic(synthetic)
         return str(text), {**options, "mmproj": str(projector)}
     if load.model is None:

@@ -10,7 +10,7 @@ import typer
 
 from lookonce.byte_size import format_size
 from lookonce.cli_option import JsonFlag, gather
-from lookonce.errors import ModelFileError
+from lookonce.errors import InputError, ModelFileError
 from lookonce.terminal import bar, status, write, write_json
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def retype(
         typer.Option("--type", metavar="TYPE", help="BF16, F16, Q8_0, or auto: the fastest here.", show_default=True),
     ] = "auto",
     threads: Annotated[
-        int | None, typer.Option(metavar="N", help="CPU threads to measure with. Default: the physical cores.")
+        int | None, typer.Option(metavar="N", min=1, help="CPU threads to measure with. Default: the physical cores.")
     ] = None,
     json_: JsonFlag = False,
 ) -> None:
@@ -61,6 +61,11 @@ def retype(
     if choice is not None and choice.type == choice.own:
         _print_kept(original.path, choice, json_)
         return
+    if Path(__file__).resolve().parent in original.path.resolve().parents:
+        raise InputError(
+            f"{original.path.name} is part of the package, where nothing is written: copy both files of the model to a "
+            "folder of your own, and retype it there"
+        )
     with bar(total=100, what="Writing") as advance:
         made = retype_.retype(original.path, wanted, advance=_Percent(advance))
     from lookonce.projector_choice import compare

@@ -26,6 +26,7 @@ from typing import TypeVar
 import platformdirs
 
 from lookonce import store_index
+from lookonce.byte_size import parse_size
 from lookonce.durable import Data, make_folder, sync_folder, write_temporary
 from lookonce.entry_file import (
     HEADER_BYTES,
@@ -58,7 +59,7 @@ class Store:
     """A folder of payloads, for any number of threads and processes.
 
     The folder is `folder`, else `LOOKONCE_STORE`, else in the user's cache directory, and is made at the
-    first write. The limit is `limit_bytes`, else `LOOKONCE_STORE_LIMIT` (bytes), else 20 GiB. The disk's
+    first write. The limit is `limit_bytes`, else `LOOKONCE_STORE_LIMIT` (5GB, say), else 20 GiB. The disk's
     faults never raise out of `get`, `put`, `recall` and `remember`; `StoreError` means that a newer lookonce
     made the folder, or that it is no folder. It must lie on a disk of this machine where several processes
     share it.
@@ -444,14 +445,12 @@ def _default_folder() -> Path:
 
 
 def _read_limit(limit_bytes: int | None) -> int:
-    what: str = "limit_bytes"
-    given: object = limit_bytes
     if limit_bytes is None:
-        what, given = "LOOKONCE_STORE_LIMIT", os.environ.get("LOOKONCE_STORE_LIMIT") or DEFAULT_LIMIT_BYTES
-    try:
-        limit = int(str(given))
-    except ValueError:
-        limit = -1
-    if limit < 0:
-        raise InputError(f"{what} is {given!r}: give the store's limit as a number of bytes, from 0 on")
-    return limit
+        named = os.environ.get("LOOKONCE_STORE_LIMIT")
+        try:
+            return parse_size(named) if named else DEFAULT_LIMIT_BYTES
+        except InputError as error:
+            raise InputError(f"LOOKONCE_STORE_LIMIT: {error}") from error
+    if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int) or limit_bytes < 0:
+        raise InputError(f"limit_bytes is {limit_bytes!r}: give a number of bytes, from 0 on")
+    return limit_bytes
