@@ -297,6 +297,27 @@ def test_a_stream_under_way_before_goes_on_after(model: Model) -> None:
         assert given + "".join(stream) == expected
 
 
+@pytest.mark.parametrize("state", ["off", "on"])
+def test_a_stream_beside_that_fits_only_alone_takes_no_answer_away(tiny_pair: Pair, state: Any) -> None:
+    options: dict[str, Any] = {"temperature": 0, "max_tokens": 40}
+    with lookonce.load(tiny_pair[0], store=False, state=state, threads=1, n_ctx=256, **EXACT) as model:
+        for n_words, n_beside in [(8, 40), (15, 20)]:
+            prompts = [f"{number} " + "word " * n_words for number in range(6)]
+            beside = "other " * n_beside
+            expected = one_by_one(model, [*prompts, beside], **options)
+            with (
+                model.ask_many(prompts, stream=True, **options) as streams,
+                model.ask(beside, stream=True, **options) as stream,
+            ):
+                pieces = []
+                for _ in range(8):
+                    next(streams)
+                for _ in streams:
+                    pieces.append(next(stream, ""))
+                pieces.extend(stream)
+                assert [*(reply.text for reply in streams.replies), "".join(pieces)] == expected
+
+
 # --- what is refused, and what is kept
 
 

@@ -81,8 +81,11 @@ class ReplyStreams(Iterator[tuple[int, str]]):
         self._active = [number for number in self._active if self._answers[number].open]
 
     def _put_off(self, sequences: Sequences) -> None:
-        """Let the youngest answers wait where there is no room for one token more of each."""
-        while len(self._active) > 1 and not sequences.reserve(len(self._active)):
+        """Let the youngest answers wait where there is no room for one token more of each.
+
+        That may take as much as a whole question: of those whose sequence another turn took.
+        """
+        while len(self._active) > 1 and not sequences.reserve(self._missing(sequences)):
             number = self._active.pop()
             sequences.release(self._answers[number].turn)
             self._queue.appendleft(number)
@@ -94,13 +97,16 @@ class ReplyStreams(Iterator[tuple[int, str]]):
         """
         first = not self._active
         n_free = sequences.n_free
-        n_cells = _HEADROOM * len(self._active)
+        n_cells = self._missing(sequences) + _HEADROOM * len(self._active)
         while self._queue and len(self._active) < OVERLAPPING_TURNS:
             n_cells += sequences.missing_cells(self._answers[self._queue[0]].turn) + _HEADROOM
             if self._active and (first or n_free == 0 or not sequences.reserve(n_cells)):
                 return
             self._active.append(self._queue.popleft())
             n_free -= 1
+
+    def _missing(self, sequences: Sequences) -> int:
+        return sum(sequences.missing_cells(self._answers[number].turn) for number in self._active)
 
     @property
     def replies(self) -> list[Reply]:

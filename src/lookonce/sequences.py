@@ -132,10 +132,12 @@ class Sequences:
     # --- several turns in one batch
 
     def missing_cells(self, turn: Turn) -> int:
-        """How many cells a turn that is to begin would add to those that are taken."""
+        """How many cells a turn's next token would add to those that are taken, where it begins or begins again too."""
+        if self._slot_of(turn) is not None:
+            return 1
         units, cuts = list(turn.units), self._cuts(turn.runs)
         held = [slot.reusable(units, cuts).n_cells for slot in self._slots if slot.sound]
-        return turn.n_cells - max(held, default=0)
+        return turn.prompt.n_tokens + turn.prompt.n_rows + turn.n_drawn - max(held, default=0)
 
     def reserve(self, n_cells: int) -> bool:
         """Whether so many cells are free, once what no turn needs has left the context."""
@@ -154,7 +156,7 @@ class Sequences:
         """Evaluate a token more of several turns, None where a turn begins, as many as possible in one call.
 
         Gives after each call which moves it finished, by their places in `moves`, and where their logits are, which
-        the next call overwrites. Whoever gives more turns than sequences or cells has them evaluated one by one.
+        the next call overwrites. Whoever gives more turns than sequences or cells has them evaluated in several calls.
         """
         waiting: list[_Move] = []
         for number, (turn, token) in enumerate(moves):
@@ -176,14 +178,28 @@ class Sequences:
         return _Move(number, turn, last if isinstance(last, TokenRun) else None)
 
     def _finish_moves(self, moves: list[_Move]) -> Iterator[list[tuple[int, int]]]:
-        together = [(move, slot) for move in moves if move.run is not None and (slot := self._slot_of(move.turn))]
-        if together:
+        waiting = moves
+        while together := self._fitting(waiting):
             yield self._evaluate_together(together)
-        done = {move.number for move, _ in together}
-        for move in moves:  # a prompt that ends with a picture, or a turn whose sequence another of these took
-            if move.number not in done:
-                self.begin(move.turn)
-                yield [(move.number, -1)]
+            done = {move.number for move, _ in together}
+            waiting = [move for move in waiting if move.number not in done]
+        for move in waiting:  # a prompt that ends with a picture, or a turn whose sequence another of these took
+            self.begin(move.turn)
+            yield [(move.number, -1)]
+
+    def _fitting(self, moves: list[_Move]) -> list[tuple[_Move, Slot]]:
+        """The first moves that the context holds all at once: each was prepared as if it had the room to itself."""
+        found = [(move, slot) for move in moves if move.run is not None and (slot := self._slot_of(move.turn))]
+        if sum(len(move) for move, _ in found) <= self.room:
+            return found
+        held: set[Cells] = set()
+        n_cells = 0
+        for count, (move, slot) in enumerate(found):
+            n_cells += len(move) + sum(cells.count for cells in slot.cells if cells not in held)
+            if n_cells > self._context.n_ctx:
+                return found[:count]
+            held.update(slot.cells)
+        return found
 
     def _evaluate_together(self, moves: list[tuple[_Move, Slot]]) -> list[tuple[int, int]]:
         slots = [slot for _, slot in moves]
