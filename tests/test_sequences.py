@@ -337,6 +337,26 @@ def test_streams_that_do_not_fit_together_take_the_cells_in_turn(model: TextMode
     bench.context.close()
 
 
+def test_turns_given_together_that_do_not_fit_together_are_evaluated_in_several_calls(model: TextModel) -> None:
+    questions = QUESTIONS[:4]
+    expected = [fresh(model, *parts, length=1, **EXACT)[1] for parts in questions]
+    roomy = Bench(model, **EXACT)
+    for parts in questions:
+        roomy.begin(*parts)
+    taken = roomy.context.n_ctx - roomy.sequences.room
+    for spare in range(5):
+        bench = Bench(model, n_ctx=taken + spare, **EXACT)
+        turns = [bench.begin(*parts) for parts in questions]
+        drawn: dict[int, int] = {}
+        for finished in bench.sequences.advance([(turn, one[0]) for turn, one in zip(turns, expected, strict=True)]):
+            assert bench.sequences.room >= 0  # the native library rounds small contexts up, and would not say
+            drawn |= {number: int(bench.context.logits(index).argmax()) for number, index in finished}
+        assert [drawn[number] for number in range(4)] == [one[1] for one in expected]
+        bench.check()
+        bench.context.close()
+    roomy.context.close()
+
+
 def test_a_stream_whose_sequence_was_taken_tells_of_its_prompts_reuse_alone(model: TextModel) -> None:
     bench = Bench(model, count=1)
     first = bench.begin(A, "a")
