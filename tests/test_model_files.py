@@ -264,6 +264,10 @@ def test_a_missing_part_of_a_split_model_is_named(tmp_path: Path, lost: int) -> 
         find_files(tmp_path)
     assert "\n" not in str(caught.value)
     assert "holds no text model: give" not in str(caught.value)
+    if lost > 1:
+        said = rf"m-00001-of-00003.gguf is the first of 3 parts, and {part.name} is not beside it: download all parts"
+        with pytest.raises(ModelFileError, match=said):
+            find_files(tmp_path / "m-00001-of-00003.gguf")
 
 
 def test_why_no_file_of_a_folder_will_do_is_said_in_the_error_and_nowhere_else(
