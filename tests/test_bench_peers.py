@@ -68,7 +68,7 @@ def test_every_bar_is_kept_where_the_numbers_are_good() -> None:
     [
         ({"text": 0.45}, "kept state / plain text"),
         ({"llama": 7.4}, "llama-cpp-python"),
-        ({"read_s": 0.028}, "read from disk and restored"),
+        ({"read_s": 0.028}, "read from the store and restored"),
         ({"rows": 4.6}, "saved rows / cold"),
         ({"look_gain": 1.49}, "F16 projector / with BF16"),
         ({"lowest_row_cosine": 0.998}, "cosine"),

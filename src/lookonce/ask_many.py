@@ -21,7 +21,9 @@ from lookonce.sampling import Sampling
 from lookonce.sequences import Sequences
 from lookonce.turn import Turn, refuse_overflow
 
-_HEADROOM: Final = 8  # cells for each answer under way, before another question is let in
+# Cells for each answer under way, before another question is let in: those let in too early are put off again, and what
+# was evaluated of them is evaluated anew.
+_HEADROOM: Final = 64
 
 
 class ReplyStreams(Iterator[tuple[int, str]]):
