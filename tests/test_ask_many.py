@@ -4,7 +4,7 @@ import gc
 import os
 import shutil
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from lookonce.native.text import Context
 from lookonce.sequences import Sequences
 from lookonce.store import Store
 from lookonce.turn import Turn
+from native_break import break_off
 
 Pair = tuple[Path, Path]
 EXACT: dict[str, Any] = {"kv_type": "f32", "flash_attention": False}
@@ -232,21 +233,8 @@ def test_a_step_broken_off_leaves_the_model_usable(
 ) -> None:
     prompts = questions(5)
     expected = one_by_one(model, prompts, [A], **GREEDY)
-    calls = 0
-
-    def breaking(real: Callable[..., None]) -> Callable[..., None]:
-        def call(self: Context, *arguments: Any, **options: Any) -> None:
-            nonlocal calls
-            calls += 1
-            real(self, *arguments, **options)
-            if calls == at:
-                raise error("broken off")
-
-        return call
-
     with monkeypatch.context() as patch:
-        for name in ("decode_tokens", "decode_rows", "decode_many"):
-            patch.setattr(Context, name, breaking(getattr(Context, name)))
+        break_off(patch, error, at=at)
         with pytest.raises(error, match="broken off"):
             model.ask_many(prompts, [B], **GREEDY)
     assert [one.text for one in model.ask_many(prompts, [A], **GREEDY)] == expected

@@ -3,7 +3,7 @@
 import gc
 import json
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ from lookonce.chat import Chat, ReplyStream
 from lookonce.embedding import ImageEmbedding
 from lookonce.errors import ClosedError, ContextError, InputError, NativeError, PromptError
 from lookonce.model import Model
-from lookonce.native.text import Context
 from lookonce.prompt import Message
 from lookonce.reply import Reply, StoppedText
+from native_break import break_off
 
 Pair = tuple[Path, Path]
 A, B = (make_look(seed) for seed in range(2))
@@ -284,21 +284,8 @@ def test_a_question_broken_off_in_a_native_call_leaves_the_chat_as_it_was(
 ) -> None:
     chat = model.chat(images=[A])
     expected = model.ask("Why?", [B], **GREEDY).text
-    calls = 0
-
-    def breaking(real: Callable[..., None]) -> Callable[..., None]:
-        def call(self: Context, *arguments: Any, **options: Any) -> None:
-            nonlocal calls
-            calls += 1
-            real(self, *arguments, **options)
-            if calls == at:
-                raise error("broken off")
-
-        return call
-
     with monkeypatch.context() as patch:
-        patch.setattr(Context, "decode_tokens", breaking(Context.decode_tokens))
-        patch.setattr(Context, "decode_rows", breaking(Context.decode_rows))
+        break_off(patch, error, at=at)
         ask = (
             (lambda: list(chat.ask("What?", stream=True, **GREEDY))) if stream else lambda: chat.ask("What?", **GREEDY)
         )

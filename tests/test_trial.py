@@ -87,6 +87,12 @@ def test_without_the_trial_the_process_itself_would_have_died(deadly: Path) -> N
     assert ended.returncode < 0
 
 
+def change_last_byte(path: Path) -> None:
+    with path.open("rb+") as file:
+        file.seek(-1, 2)
+        file.write(b"\x01")
+
+
 def test_a_model_is_tried_once_for_each_content(pair: Pair, tmp_path: Path, started: list[str]) -> None:
     for _ in range(2):  # as two processes, one after the other
         lookonce.load(pair[0], store=tmp_path / "store", threads=1).close()
@@ -94,9 +100,7 @@ def test_a_model_is_tried_once_for_each_content(pair: Pair, tmp_path: Path, star
     copy = shutil.copytree(tmp_path, tmp_path / "copy", ignore=shutil.ignore_patterns("store", "copy"))
     lookonce.load(copy / pair[0].name, store=tmp_path / "store", threads=1).close()
     assert len(started) == 1
-    with pair[1].open("rb+") as file:
-        file.seek(-1, 2)
-        file.write(b"\x01")
+    change_last_byte(pair[1])
     lookonce.load(pair[0], store=tmp_path / "store", threads=1).close()
     assert len(started) == 2
 
@@ -150,9 +154,7 @@ def test_files_that_a_card_vouches_for_are_not_tried(
         lookonce.load("tiny", store=store, threads=1).close()
     lookonce.load(pair[0], store=tmp_path / "store", threads=1).close()
     assert started == []
-    with pair[0].open("rb+") as file:  # of the right name and size
-        file.seek(-1, 2)
-        file.write(b"\x01")
+    change_last_byte(pair[0])  # of the right name and size
     lookonce.load(pair[0], store=tmp_path / "store", threads=1).close()
     assert len(started) == 1
 

@@ -243,7 +243,7 @@ class Looker:
 
     def keeps(self, look: ImageEmbedding) -> bool:
         """Whether a look can be had again without the tower: from a file of its own, or from the store."""
-        return look.source == "file" or self._stored(look.key) is not None
+        return look.source != "encoded" or self._stored(look.key) is not None
 
     def checked(self, look: ImageEmbedding) -> ImageEmbedding:
         """The look itself, if this model can use it. Raises MismatchError with both names where not."""
