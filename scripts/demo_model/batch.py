@@ -17,11 +17,17 @@ from .prompt import PromptMaker, TokenSequence
 from .scene import GRIDS, PIXEL_RULE, crowd, fitted, grid_of, make_scene, random_grid
 from .task import Question, ask, ask_blind, ask_pair
 
-__all__ = ["N_KINDS", "Step", "TowerBatch", "make_pairs", "make_questions", "make_tower_batch", "row_labels"]
+__all__ = ["KINDS", "Step", "TowerBatch", "make_pairs", "make_questions", "make_tower_batch", "row_labels"]
 
 # What the throw-away heads tell of each row: which shape or word lies there, its colour and its size, which place it is
-# and on which background; 0 is none. The text model can read of a row only what the tower put there.
-N_KINDS = (1 + len(SHAPES) + len(WORDS), 1 + len(COLOURS), 1 + len(SIZES), 1 + len(PLACES), 1 + len(BACKGROUNDS))
+# and on which background; class 0 is none. The text model can read of a row only what the tower put there.
+KINDS: dict[str, tuple[str, ...]] = {
+    "kind": (*SHAPES, *WORDS),
+    "colour": tuple(COLOURS),
+    "size": SIZES,
+    "place": PLACES,
+    "background": tuple(BACKGROUNDS),
+}
 
 # How often scenes have one to four shapes: of one alone nothing is learned about which colour belongs to which shape.
 _COUNTS = (1, 4, 3, 2)
@@ -63,7 +69,7 @@ def row_labels(scene: Scene, grid: tuple[int, int], more_words: tuple[tuple[str,
     Where the grid is not that of the places a thing lies in several rows; still just this one is to tell of it.
     """
     rows, columns = grid
-    labels = np.zeros((rows * columns, len(N_KINDS)), np.int64)
+    labels = np.zeros((rows * columns, len(KINDS)), np.int64)
 
     def number(place: str) -> int:
         row, column = divmod(PLACES.index(place), 3)
