@@ -5,28 +5,37 @@ a machine that is slow for a while slows all of them. transformers takes part wh
 
     python scripts/bench_embed.py --quick
     python scripts/bench_embed.py --model model.gguf --mmproj mmproj.gguf --case short --peer llama-cpp-python
+    python scripts/bench_embed.py --markdown docs/benchmarks.md
 """
 
 import argparse
 import importlib.util
 import json
 import random
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from itertools import takewhile
 from pathlib import Path
 
 import lookonce
 from bench_peer import PEERS, REFERENCE, Job, Measured, make_pictures
+from bench_peers import write_page
+from lookonce import doctor
 from lookonce.engine import physical_cores
+from lookonce.errors import LookonceError
 from lookonce.prompt import TokenRun
 from lookonce.synthetic.pair import find_pair, make_pair
 
-__all__ = ["CASES", "Case"]
+__all__ = ["CASES", "Case", "Line", "describe_texts", "make_texts", "markdown", "summarize"]
 
+_BEGIN = "<!-- results: written by scripts/bench_embed.py -->"
+_HEAD = ("case", "file", "peer", "items", "time", "rate", "ours is", "Python", "peak")
+_WIDTHS = (24, 8, 18, 6, 12, 13, 10, 10, 12)
 _WORDS = ("a", "the", "red", "green", "cat", "dog", "circle", "square", "picture", "of", "two", "left", "above", "What")
 
 
@@ -58,21 +67,67 @@ CASES = (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class Line:
+    """A line of the table: what one peer took for a case with one file.
+
+    `seconds` and `python_share` (Lookonce's alone) are medians, as is `ratio`, how many times as fast Lookonce was in
+    the same round; `peak_bytes` is the most that any of the peer's processes held.
+    """
+
+    case: str
+    file: str
+    peer: str
+    count: int
+    seconds: float
+    ratio: float | None
+    python_share: float | None
+    peak_bytes: int
+
+    @property
+    def cells(self) -> tuple[str, ...]:
+        """The figures as they are written."""
+        return (
+            *(self.case, self.file, self.peer, str(self.count)),
+            f"{self.seconds:.2f} s",
+            f"{self.count / self.seconds:.2f} /s",
+            "" if self.ratio is None else f"{self.ratio:.2f} x",
+            "" if self.python_share is None else f"{self.python_share:.1%}",
+            f"{self.peak_bytes / 1e9:.2f} GB",
+        )
+
+
 def make_texts(model: lookonce.Model, case: Case, count: int) -> tuple[list[str], list[list[int]]]:
-    """Texts of about the case's length in tokens, and the ids of their prompts."""
+    """Different texts of about the case's length in tokens, and the ids of their prompts.
+
+    Of equal texts Lookonce evaluates one: they would measure that, and not how fast it is.
+    """
     draw = random.Random(0)
-    texts: list[str] = []
+    texts: dict[str, None] = {}
     tokenize = model.engine.text.tokenize
-    for _ in range(count):
+    while len(texts) < count:
         wanted = draw.randint(case.tokens // 2, case.tokens * 3 // 2) if case.tokens < 100 else case.tokens
         words = [draw.choice(_WORDS)]
         while len(tokenize(" ".join(words))) < wanted:
             words.append(draw.choice(_WORDS))
-        texts.append(" ".join(words))
-    prompts = lookonce.Embedder(model).prompts(texts)
-    return texts, [
+        texts[" ".join(words)] = None
+    prompts = lookonce.Embedder(model).prompts(list(texts))
+    return list(texts), [
         [token for run in prompt.runs if isinstance(run, TokenRun) for token in run.tokens] for prompt in prompts
     ]
+
+
+def describe_texts(model: lookonce.Model, job: Job) -> str:
+    """What the texts of a job are, and how many tokens of them are there to evaluate."""
+    tokens = statistics.mean(len(model.engine.text.tokenize(text)) for text in job.texts)
+    words = statistics.mean(len(text.split()) for text in job.texts)
+    whole = statistics.mean(map(len, job.prompts))
+    shared = sum(1 for _ in takewhile(lambda ids: len(set(ids)) == 1, zip(*job.prompts, strict=False)))
+    return (
+        f"{len(job.texts)} texts, {len(set(job.texts))} of them different, "
+        f"of {words:.1f} words in {tokens:.1f} tokens; "
+        f"a prompt has {whole:.1f} tokens, and {shared} of them begin every prompt"
+    )
 
 
 def run_peer(job: Job, folder: Path) -> Measured:
@@ -86,8 +141,8 @@ def run_peer(job: Job, folder: Path) -> Measured:
     return Measured(**json.loads(found.stdout.splitlines()[-1]))
 
 
-def compare(case: Case, jobs: Mapping[str, Job], peers: Sequence[str], rounds: int, folder: Path) -> None:
-    """Measure a case on every model file, given by name, the peers in turn, and print a line for each.
+def compare(case: Case, jobs: Mapping[str, Job], peers: Sequence[str], rounds: int, folder: Path) -> list[Line]:
+    """Measure a case on every model file, given by name, the peers in turn.
 
     transformers has its own weights whatever the file, so it takes its turn once in a round.
     """
@@ -98,54 +153,92 @@ def compare(case: Case, jobs: Mapping[str, Job], peers: Sequence[str], rounds: i
     for _ in range(rounds):
         for name, peer in turns:
             measured[name, peer].append(run_peer(replace(jobs[name], peer=peer), folder))
-    for name, job in jobs.items():
+    return list(
+        summarize(case.name, {name: len(job.texts) or len(job.pictures) for name, job in jobs.items()}, measured)
+    )
+
+
+def summarize(
+    case: str, counts: Mapping[str, int], measured: Mapping[tuple[str, str], Sequence[Measured]]
+) -> Iterator[Line]:
+    """A case's lines, file by file; `counts` has its items by file, `measured` the rounds by file and peer."""
+    for name, count in counts.items():
+        ours = measured[name, "lookonce"]
         for (of, peer), found in measured.items():
-            if of == name or peer == REFERENCE:
-                count = len(job.texts) or len(job.pictures)
-                print(f"{case.name:<24}{name:<8}{peer:<18}{count:>6}", end="")
-                print(_figures(count, found, None if peer == "lookonce" else measured[name, "lookonce"]), flush=True)
+            if of != name and peer != REFERENCE:
+                continue
+            ratio = share = None
+            if peer == "lookonce":
+                share = statistics.median(one.python_seconds / one.seconds for one in found)
+            else:
+                ratio = statistics.median(one.seconds / own.seconds for one, own in zip(found, ours, strict=True))
+            seconds = statistics.median(one.seconds for one in found)
+            peak = max(one.peak_bytes for one in found)
+            yield Line(case, name, peer, count, seconds, ratio, share, peak)
 
 
-def _figures(count: int, found: Sequence[Measured], ours: Sequence[Measured] | None) -> str:
-    seconds = statistics.median(one.seconds for one in found)
-    ratio = python = ""
-    if ours is None:
-        python = f"{statistics.median(one.python_seconds / one.seconds for one in found):.1%}"
-    else:
-        ratios = (other.seconds / own.seconds for other, own in zip(found, ours, strict=True))
-        ratio = f"{statistics.median(ratios):.2f} x"
-    peak = max(one.peak_bytes for one in found) / 1e9
-    return f"{seconds:>10.2f} s{count / seconds:>10.2f} /s{ratio:>10}{python:>10}{peak:>9.2f} GB"
-
-
-def bench(pairs: Mapping[str, tuple[Path, Path]], options: argparse.Namespace, peers: Sequence[str]) -> None:
-    """Measure every chosen case on the model files, given by name."""
-    for name, files in pairs.items():
-        print(f"{name}: " + ", ".join(f"{path.name} {path.stat().st_size / 1e9:.2f} GB" for path in files))
-    head = f"{'case':<24}{'file':<8}{'peer':<18}{'items':>6}{'time':>12}{'rate':>13}"
-    print(f"\n{head}{'ours is':>10}{'Python':>10}{'peak':>12}", flush=True)
+def bench(pairs: Mapping[str, tuple[Path, Path]], options: argparse.Namespace, peers: Sequence[str]) -> str:
+    """Measure every chosen case on the model files, given by name, and print; give the same as a page shows it."""
+    facts = list(_facts(pairs, options))
+    print("\n".join(facts), end="\n\n")
+    lines: list[Line] = []
     with tempfile.TemporaryDirectory() as folder_name:
         folder = Path(folder_name)
         for case in CASES:
             if options.case and case.name not in options.case:
                 continue
             count = options.count or (case.quick_count if options.quick else case.count)
-            jobs = {name: _job(case, files, count, options, folder / name) for name, files in pairs.items()}
-            compare(case, jobs, peers, 1 if options.quick else options.rounds, folder)
+            jobs = {}
+            for name, files in pairs.items():
+                jobs[name], told = _job(case, files, count, options, folder / name)
+            if told:
+                facts.append(f"{case.name}: {told}")
+                print(facts[-1], flush=True)
+            if not lines:
+                _print_row(_HEAD)
+            found = compare(case, jobs, peers, 1 if options.quick else options.rounds, folder)
+            for line in found:
+                _print_row(line.cells)
+            lines += found
+    return markdown(lines, facts, f"python scripts/bench_embed.py {shlex.join(options.given)}".rstrip())
 
 
-def _job(case: Case, files: tuple[Path, Path], count: int, options: argparse.Namespace, store: Path) -> Job:
-    """A case's work with one pair of files."""
+def _print_row(cells: Sequence[str]) -> None:
+    texts, figures = cells[:3], cells[3:]
+    row = "".join(f"{cell:<{width}}" for cell, width in zip(texts, _WIDTHS, strict=False))
+    print(row + "".join(f"{cell:>{width}}" for cell, width in zip(figures, _WIDTHS[3:], strict=True)), flush=True)
+
+
+def markdown(lines: Sequence[Line], facts: Sequence[str], command: str) -> str:
+    """The results as a page of Markdown shows them."""
+    rows = [_HEAD, ("---", "---", "---", *["---:"] * (len(_HEAD) - 3)), *(line.cells for line in lines)]
+    table = [f"| {' | '.join(row)} |" for row in rows]
+    return "\n".join(["```sh", command, "```", "", *(f"- {fact}" for fact in facts), "", *table]) + "\n"
+
+
+def _facts(pairs: Mapping[str, tuple[Path, Path]], options: argparse.Namespace) -> Iterator[str]:
+    """Where and with what is measured."""
+    machine = doctor.describe_machine()
+    rounds = 1 if options.quick else options.rounds
+    yield f"{machine.cpu}, {options.threads} threads, {rounds} {'round' if rounds == 1 else 'rounds'}"
+    yield ", ".join(f"{name} {version}" for name, version in doctor.find_versions().items())
+    for name, files in pairs.items():
+        yield f"{name}: " + ", ".join(f"{path.name} {path.stat().st_size / 1e9:.2f} GB" for path in files)
+
+
+def _job(case: Case, files: tuple[Path, Path], count: int, options: argparse.Namespace, store: Path) -> tuple[Job, str]:
+    """A case's work with one pair of files, and what its texts are."""
     text, projector = files
     job = Job("lookonce", str(text), str(projector), options.shape, options.threads)
     if not case.size[0]:
         with lookonce.load(text, mmproj=projector, device="cpu", store=False) as model:
             texts, prompts = make_texts(model, case, count)
-        return replace(job, texts=texts, prompts=prompts)
+            job = replace(job, texts=texts, prompts=prompts)
+            return job, describe_texts(model, job)
     job = replace(job, pictures=[case.size] * count, store=str(store) if case.seen else "")
     if case.seen:
         _see_all(job)
-    return job
+    return job, ""
 
 
 def _see_all(job: Job) -> None:
@@ -170,9 +263,13 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=3, help="how often each peer takes its turn")
     parser.add_argument("--threads", type=int, default=physical_cores())
     parser.add_argument("--quick", action="store_true", help="few items, one round")
+    parser.add_argument("--markdown", type=Path, help="a page that gets the results between its marks")
     options = parser.parse_args(arguments)
+    options.given = arguments
     if bool(options.model) != bool(options.mmproj):
         parser.error("give --model and --mmproj together")
+    if options.markdown:  # before an hour's work
+        write_page(options.markdown, "(being measured)\n", _BEGIN)
     return options
 
 
@@ -187,17 +284,22 @@ def _find_pair(options: argparse.Namespace, type: str) -> tuple[Path, Path]:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print the table."""
-    options = _parse(arguments)
-    peers = ["lookonce", *(options.peer or list(PEERS)[1:])]
-    if "transformers" in peers and not importlib.util.find_spec("transformers"):
-        print("transformers is not installed: pip install 'lookonce[parity]' to compare with it")
-        peers.remove("transformers")
-    if options.model:
-        pairs = {"given": (options.model, options.mmproj)}
-    else:
-        pairs = {type: _find_pair(options, type) for type in options.type or ["Q4_K_M", "BF16"]}
-    print(f"{options.threads} threads")
-    bench(pairs, options, peers)
+    try:
+        options = _parse(arguments)
+        peers = ["lookonce", *(options.peer or list(PEERS)[1:])]
+        if "transformers" in peers and not importlib.util.find_spec("transformers"):
+            print("transformers is not installed: pip install 'lookonce[parity]' to compare with it")
+            peers.remove("transformers")
+        if options.model:
+            pairs = {"given": (options.model, options.mmproj)}
+        else:
+            pairs = {type: _find_pair(options, type) for type in options.type or ["Q4_K_M", "BF16"]}
+        page = bench(pairs, options, peers)
+        if options.markdown:
+            write_page(options.markdown, page, _BEGIN)
+    except (LookonceError, ValueError, OSError) as error:
+        print(f"bench_embed: {error}", file=sys.stderr)
+        return 2
     return 0
 
 

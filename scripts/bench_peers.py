@@ -295,13 +295,13 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Put the results between the page's marks. Raises ValueError for a page without them."""
+def write_page(path: Path, text: str, mark: str = _BEGIN) -> None:
+    """Put the results between the page's marks, `mark` and the next end. Raises ValueError for a page without them."""
     page = path.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(_BEGIN)
+    before, begin, rest = page.partition(mark)
     _, end, after = rest.partition(_END)
     if not begin or not end:
-        raise ValueError(f"{path} has not the lines {_BEGIN} and {_END} between which results go")
+        raise ValueError(f"{path} has not the lines {mark} and {_END} between which results go")
     path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
 
 

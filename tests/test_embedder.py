@@ -72,6 +72,25 @@ def runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return heights
 
 
+@pytest.fixture
+def cells(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many tokens or rows each native call evaluates for vectors."""
+    counts: list[int] = []
+
+    def count(name: str) -> None:
+        real = getattr(HiddenContext, name)
+
+        def counting(context: HiddenContext, what: Any, *arguments: Any, **options: Any) -> Any:
+            counts.append(len(what))
+            return real(context, what, *arguments, **options)
+
+        monkeypatch.setattr(HiddenContext, name, counting)
+
+    count("evaluate_tokens")
+    count("evaluate_rows")
+    return counts
+
+
 class Screen(io.StringIO):
     """A stderr that is a terminal."""
 
@@ -150,6 +169,54 @@ def test_progress_counts_the_items_that_are_done(embedder: Embedder) -> None:
     told.clear()
     asyncio.run(embedder.aembed_batch(ITEMS, batch_size=4, progress=lambda done, count: told.append((done, count))))
     assert told == [(4, 9), (8, 9), (9, 9)]
+
+
+@pytest.mark.parametrize("pooling", ["last", "mean"])
+def test_equal_items_of_a_call_are_evaluated_once_and_get_one_vector(
+    model: Model, cells: list[int], pooling: Any
+) -> None:
+    told = {"text": "a cat", "instruction": "Find it"}
+    different: list[Any] = ["a cat", "a dog", told, {"text": "a cat", "image": A}, {"text": "a dog", "image": A}]
+    again: list[Any] = [{"text": "a cat"}, "a dog", {**told, "instruction": "Find it."}]
+    again += [{"text": "a cat", "images": [make_look(0)]}, different[4]]
+    with Embedder(model, pooling=pooling) as embedder:
+        expected = embedder.embed_batch(different)
+    n_cells = sum(cells)
+    cells.clear()
+    with Embedder(model, pooling=pooling) as embedder:
+        found = embedder.embed_batch([*different, *again[::-1], *different])
+    assert sum(cells) == n_cells
+    assert np.array_equal(found[:5], found[9:4:-1])
+    assert np.array_equal(found[:5], found[10:])
+    assert min(map(cosine, found, expected)) > 0.999999
+    assert len(np.unique(found, axis=0)) == 5
+
+
+def test_equal_items_in_different_batches_of_a_call_are_evaluated_once_too(model: Model, cells: list[int]) -> None:
+    told: list[tuple[int, int]] = []
+    with Embedder(model) as embedder:
+        embedder.embed_batch(["a cat", "a dog"])  # the beginning is held from now on
+        cells.clear()
+        alone = embedder.embed_text("a cat")
+        n_cells = sum(cells)
+        cells.clear()
+        found = embedder.embed_batch(
+            ["a cat"] * 5, batch_size=2, progress=lambda done, count: told.append((done, count))
+        )
+        assert sum(cells) == n_cells
+        assert told == [(2, 5), (4, 5), (5, 5)]
+        assert np.array_equal(found, [alone] * 5)
+        cells.clear()
+        assert np.array_equal(embedder.encode(["a cat"] * 3, batch_size=1), [alone] * 3)
+        assert sum(cells) == n_cells
+
+
+def test_looks_of_one_key_and_other_rows_are_not_equal_items(embedder: Embedder) -> None:
+    forged = make_look(5)
+    object.__setattr__(forged, "key", A.key)
+    one, other, alone = *embedder.embed_batch([{"image": A}, {"image": forged}]), embedder.embed_image(forged)
+    assert cosine(one, other) < 0.999
+    assert cosine(other, alone) > 0.99999
 
 
 def test_the_poolings_pool_the_chosen_tokens(model: Model) -> None:
@@ -596,6 +663,20 @@ def test_a_picture_that_cannot_be_opened_is_named_with_its_item(embedder: Embedd
         embedder.embed_batch([{"image": make_look(0, width=512)}])
 
 
+def test_an_error_names_the_item_whatever_equal_ones_stand_beside_it(own: Model, tmp_path: Path) -> None:
+    broken = {"image": str(tmp_path / "none.png")}
+    long = "the circle " * 300
+    with Embedder(own) as embedder:
+        for items, number in (
+            (["a cat", "a cat", None, None], 2),
+            (["a cat", "a cat", {"text": "a cat", "image": A}, {"text": "a cat", "image": A}, broken, broken], 4),
+            (["a cat", "a cat", "a dog", long, long], 3),
+        ):
+            with pytest.raises(InputError, match=rf"^item {number} cannot be embedded: ") as caught:
+                embedder.embed_batch(items)  # type: ignore[arg-type]
+            assert caught.value.item == number
+
+
 def test_image_tokens_of_an_item_without_a_picture_are_refused(model: Model) -> None:
     embedder = Embedder(model, tokens="image")
     with pytest.raises(InputError, match=r"^tokens is 'image', but there is no picture"):
@@ -642,6 +723,15 @@ def test_an_item_that_alone_gives_no_finite_vector_is_named_and_the_file_is_not_
         ) as caught:
             embedder.embed_batch(["a cat", "Z", "a dog"])
         assert caught.value.item == 1
+        for items, number in ((["a cat", "Z", "a cat", "Z"], 1), (["a cat", "a cat", "a dog", "Z"], 3)):
+            for batch_size in (1, 2, 256):
+                with pytest.raises(NativeError, match=rf"^item {number} cannot be embedded: ") as caught:
+                    embedder.embed_batch(items, batch_size=batch_size)
+        with (
+            Embedder(model, truncate=True) as cutting,
+            pytest.raises(NativeError, match=r"^item 1 cannot be embedded: "),
+        ):
+            cutting.embed_batch(["a cat", "Z" * 300, "Z" * 400])  # what is left of the two is equal
         with pytest.raises(
             NativeError, match=r"gave values for it that are not finite, but not for others: leave it out"
         ):
@@ -771,10 +861,11 @@ class Contexts:
     """Counts the native contexts that are alive."""
 
     def __init__(self, patch: pytest.MonkeyPatch) -> None:
-        self.alive = 0
+        self.made = self.alive = 0
         make, free = text.llama.llama_init_from_model, text.llama.llama_free
 
         def made(*arguments: Any) -> Any:
+            self.made += 1
             self.alive += 1
             return make(*arguments)
 
@@ -793,7 +884,8 @@ def test_a_contexts_memory_is_given_back_when_it_is_outgrown_closed_or_forgotten
     embedder = Embedder(own)
     assert contexts.alive == 0
     embedder.embed_text("a cat")
-    embedder.embed_batch(TEXTS * 3)
+    embedder.embed_batch([f"{text} {number}" for number in range(3) for text in TEXTS])
+    assert contexts.made == 2
     assert contexts.alive == 1
     embedder.close()
     embedder.close()

@@ -346,19 +346,28 @@ def test_rows_that_must_be_evaluated_together_are_refused_where_no_batch_holds_t
         make_prompt(look, batch_size=8)
 
 
-def units(*parts: Part) -> Sequence[object]:
-    return list(make_prompt(*parts).units())
+def units(prompt: Prompt) -> Sequence[object]:
+    return list(prompt.units())
 
 
-def test_units_tell_looks_apart_by_their_rows_whatever_their_key_says() -> None:
+def test_units_and_digests_tell_looks_apart_by_their_rows_whatever_their_key_says() -> None:
     forged = make_look(5)
     object.__setattr__(forged, "key", A.key)
-    assert units(A) == units(make_look(0))
-    assert units(A) != units(B)
-    assert units(A) != units(forged)
     moved = make_look(0)
     object.__setattr__(moved, "positions", moved.positions[::-1].copy())
-    assert units(A) != units(moved)
+    for name in (units, Prompt.digest):
+        assert name(make_prompt(A)) == name(make_prompt(make_look(0)))
+        for other in (B, forged, moved):
+            assert name(make_prompt(A)) != name(make_prompt(other))
+
+
+def test_prompts_have_one_digest_where_their_runs_are_the_same() -> None:
+    parts: list[tuple[Part, ...]] = [("a",), ("b",), ("ab",), ("a" * 40,), (A,), (A, "a"), ("a", A), (A, A), (A, B)]
+    for one in parts:
+        for other in parts:
+            assert (make_prompt(*one).digest() == make_prompt(*other).digest()) == (one is other)
+        assert make_prompt(*one).digest() == make_prompt(*one).digest()
+    assert Prompt((TokenRun((1,)), TokenRun((2,)))).digest() != Prompt((TokenRun((1, 2)),)).digest()
 
 
 def test_a_verbatim_text_is_a_text() -> None:

@@ -167,7 +167,7 @@ class Embedder:
         batch_size: int = 256,
         progress: Callable[[int, int], None] | None = None,
     ) -> Vector:
-        """Vectors of many items, (n, dimension), in their order.
+        """Vectors of many items, (n, dimension), in their order. Items that come to the same are evaluated once.
 
         batch_size: how many items at most are evaluated before the next; it changes speed and memory, not the vectors.
         progress: is told how many of how many are done.
@@ -301,34 +301,44 @@ class Embedder:
         check_number("batch_size", batch_size, None)
         dimension = self.dimension if dimension is None else dimension
         vectors = np.empty((len(wanted), dimension), dtype=np.float32)
-        for numbers, prompts in self._batches(wanted, batch_size):
+        for places, origins, prompts in self._batches(wanted, batch_size):
             try:
-                vectors[numbers] = cut(self._evaluate(prompts), dimension)
+                if prompts:
+                    vectors[list(prompts)] = cut(self._evaluate(list(prompts.values())), dimension)
             except NotFiniteError:
-                pairs = [(wanted[number], prompt) for number, prompt in zip(numbers, prompts, strict=True)]
-                self._blame(sorted(pairs, key=lambda pair: pair[0].number or 0))
+                pairs = zip(places, origins, strict=True)
+                failed = [(wanted[place], prompts[origin]) for place, origin in pairs if origin in prompts]
+                self._blame(sorted(failed, key=lambda pair: pair[0].number or 0))
                 raise
-            advance(len(numbers))
+            vectors[places] = vectors[origins]
+            advance(len(places))
         return normalize(vectors) if (self._normalize if normalized is None else normalized) else vectors
 
-    def _batches(self, wanted: Sequence[WantedItem], batch_size: int) -> Iterator[tuple[list[int], list[Prompt]]]:
-        """Places and prompts of what is evaluated together."""
+    def _batches(
+        self, wanted: Sequence[WantedItem], batch_size: int
+    ) -> Iterator[tuple[list[int], list[int], dict[int, Prompt]]]:
+        """Places of what is done together, whose vector each gets, and by place the prompts that equal none before."""
         looks = CallLooks(self._engine, self._look_options)
+        first: dict[bytes, int] = {}
         places: list[int] = []
-        prompts: list[Prompt] = []
+        origins: list[int] = []
+        prompts: dict[int, Prompt] = {}
         n_rows = n_states = 0
         for place in _order(wanted):
             prompt = self._maker.make(wanted[place], looks)
+            origin = first.setdefault(prompt.digest(), place)
             places.append(place)
-            prompts.append(prompt)
-            n_rows += prompt.n_rows
-            n_states += 1 if self._one_each else prompt.n_tokens + prompt.n_rows
-            if len(prompts) == batch_size or n_rows >= ROWS_AT_ONCE or n_states >= _STATES_AT_ONCE:
-                yield places, prompts
-                places, prompts = [], []
+            origins.append(origin)
+            if origin == place:
+                prompts[place] = prompt
+                n_rows += prompt.n_rows
+                n_states += 1 if self._one_each else prompt.n_tokens + prompt.n_rows
+            if len(places) == batch_size or n_rows >= ROWS_AT_ONCE or n_states >= _STATES_AT_ONCE:
+                yield places, origins, prompts
+                places, origins, prompts = [], [], {}
                 n_rows = n_states = 0
-        if prompts:
-            yield places, prompts
+        if places:
+            yield places, origins, prompts
 
     def _evaluate(self, prompts: Sequence[Prompt]) -> Vector:
         """Vectors of prompts, neither cut nor normalised."""

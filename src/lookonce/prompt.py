@@ -13,12 +13,14 @@ from typing import Any, Final, Literal, Protocol, TypeVar
 
 import jinja2
 import numpy as np
+from blake3 import blake3
 from jinja2.ext import loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from numpy.typing import NDArray
 
 from lookonce.embedding import ImageEmbedding, RowSegment, TextSegment
 from lookonce.errors import ContextError, PromptError
+from lookonce.tensor_file import array_bytes
 
 AUTOMATIC_ALIAS: Final = re.compile(r"<image_\d+>")
 
@@ -81,7 +83,7 @@ class RowRun:
 
     def __eq__(self, other: object) -> bool:
         """Whether both give the same rows. A look can be made by hand, so its key alone does not tell."""
-        if not isinstance(other, RowRun) or self._place != other._place:
+        if not isinstance(other, RowRun) or self.identity != other.identity:
             return False
         return self.look is other.look or (
             _same_bytes(self.look.rows[self.start : self.stop], other.look.rows[other.start : other.stop])
@@ -89,7 +91,7 @@ class RowRun:
         )
 
     def __hash__(self) -> int:
-        return hash(self._place)
+        return hash(self.identity)
 
     @property
     def n_cells(self) -> int:
@@ -97,7 +99,8 @@ class RowRun:
         return self.stop - self.start
 
     @property
-    def _place(self) -> tuple[object, ...]:
+    def identity(self) -> tuple[object, ...]:
+        """All that tells it from another, but for the rows themselves and their positions."""
         return (self.look.key, self.start, self.stop, self.advance, self.causal)
 
     @property
@@ -157,6 +160,20 @@ class Prompt:
                 yield from run.tokens
             else:
                 yield run
+
+    def digest(self) -> bytes:
+        """The same for prompts of the same runs alone: 32 bytes to keep, where a picture's rows are megabytes."""
+        digest = blake3()
+        for run in self.runs:
+            if isinstance(run, TokenRun):
+                digest.update(f"{len(run.tokens)} tokens\n".encode())
+                digest.update(array_bytes(np.asarray(run.tokens, dtype=np.int32)))
+            else:
+                rows = run.look.rows[run.start : run.stop]
+                digest.update(f"{run.identity} {rows.dtype} {rows.shape}\n".encode())
+                digest.update(array_bytes(rows))
+                digest.update(array_bytes(run.positions))
+        return digest.digest()
 
 
 def name_looks(looks: Sequence[AnyPicture], known: Mapping[str, Picture]) -> dict[str, AnyPicture]:
