@@ -74,7 +74,7 @@ class Sequences:
         return sum(slot.owner is None for slot in self._slots)
 
     def reset(self) -> None:
-        """Let go of everything, also of values in cells and what the store was to get; turns go on evaluated again."""
+        """Let go of everything, values in cells and what is owed included; turns under way are evaluated again."""
         for slot in self._slots:
             slot.turn = None
             slot.sound = False
