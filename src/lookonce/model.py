@@ -21,9 +21,11 @@ from lookonce.native.text import KvType
 from lookonce.prefix_store import StateMode
 from lookonce.reply import Reply
 from lookonce.retype import wanted_type
-from lookonce.sampling import Sampling, SamplingOptions
+from lookonce.sampling import Sampling, SamplingOptions, refuse_unknown
 from lookonce.store import Store
 from lookonce.trial import try_model
+
+_BESIDE_SAMPLING: Final = ("images", "system", "min_pixels", "max_pixels", "stream")  # what `ask` takes with them
 
 
 class Model:
@@ -126,6 +128,7 @@ class Model:
 
         Raises what `Chat.ask` raises.
         """
+        refuse_unknown(options, *_BESIDE_SAMPLING)
         chat = self.chat(images, system=system, min_pixels=min_pixels, max_pixels=max_pixels)
         return chat.ask(prompt, stream=True, **options) if stream else chat.ask(prompt, **options)
 
@@ -186,10 +189,11 @@ class Model:
         stream: give pairs of a question's number, from 0, and a piece of its reply, as they are generated;
             `ReplyStreams.replies` has the replies.
 
-        Raises what `ask` raises, with the number of the question, before any is answered.
+        Raises what `ask` raises, with the question and its place in `prompts`, before any is answered.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise PromptError(f"prompts is a {type(prompts).__name__}: give a list of questions")
+        refuse_unknown(options, *_BESIDE_SAMPLING)
         look = LookOptions(min_pixels, max_pixels)
         streams = begin_many(
             self.engine, prompts, checked_images(images), system=system, options=look, sampling=Sampling(**options)
