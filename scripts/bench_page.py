@@ -1,0 +1,51 @@
+"""The page of Markdown that a benchmark's results go into, between its marks, and the command line that it shows.
+
+Knows nothing of what is measured.
+"""
+
+import argparse
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from lookonce.durable import write_durably
+from lookonce.errors import InputError
+
+__all__ = ["BEGIN", "END", "read_page", "shown_command", "write_page"]
+
+BEGIN: Final = "<!-- results: written by scripts/bench_peers.py -->"
+END: Final = "<!-- end of results -->"
+
+
+def read_page(path: Path) -> tuple[str, str]:
+    """What stands before a page's results and after them. Raises InputError for a page that results cannot go into."""
+    try:
+        with path.open("r+", encoding="utf-8") as file:  # as one that can be written to as well
+            page = file.read()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--markdown {str(path)!r} cannot be used ({reason}): give a page that is there") from error
+    before, begin, rest = page.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise InputError(f"--markdown {str(path)!r} has not the lines {BEGIN} and {END}: write them where results go")
+    return f"{before}{begin}", f"{end}{after}"
+
+
+def write_page(path: Path, text: str) -> None:
+    """Put the results between the page's marks, all of them or none. Raises what `read_page` raises, and OSError."""
+    before, after = read_page(path)
+    write_durably(path.resolve(), f"{before}\n\n{text}\n{after}".encode())
+
+
+def shown_command(options: argparse.Namespace, arguments: Sequence[str]) -> str:
+    """The command line as a page shows it: where files lie on this machine is nobody's business."""
+    paths = {value for value in vars(options).values() if isinstance(value, Path)}
+
+    def shown(argument: str) -> str:
+        option, equals, value = argument.partition("=") if argument.startswith("--") else ("", "", argument)
+        path = Path(value)
+        return f"{option}{equals}{path.name if path.is_absolute() and path in paths else value}"
+
+    return f"python scripts/bench_peers.py {shlex.join(map(shown, arguments))}"
