@@ -12,7 +12,6 @@ import argparse
 import importlib.util
 import json
 import random
-import shlex
 import statistics
 import subprocess
 import sys
@@ -23,8 +22,8 @@ from itertools import takewhile
 from pathlib import Path
 
 import lookonce
+from bench_page import read_page, shown_command, write_page
 from bench_peer import PEERS, REFERENCE, Job, Measured, make_pictures
-from bench_peers import write_page
 from lookonce import doctor
 from lookonce.engine import physical_cores
 from lookonce.errors import LookonceError
@@ -33,7 +32,7 @@ from lookonce.synthetic.pair import find_pair, make_pair
 
 __all__ = ["CASES", "Case", "Line", "describe_texts", "make_texts", "markdown", "summarize"]
 
-_BEGIN = "<!-- results: written by scripts/bench_embed.py -->"
+_SCRIPT = "bench_embed.py"
 _HEAD = ("case", "file", "peer", "items", "time", "rate", "ours is", "Python", "peak")
 _WIDTHS = (24, 8, 18, 6, 12, 13, 10, 10, 12)
 _WORDS = ("a", "the", "red", "green", "cat", "dog", "circle", "square", "picture", "of", "two", "left", "above", "What")
@@ -200,7 +199,7 @@ def bench(pairs: Mapping[str, tuple[Path, Path]], options: argparse.Namespace, p
             for line in found:
                 _print_row(line.cells)
             lines += found
-    return markdown(lines, facts, f"python scripts/bench_embed.py {shlex.join(options.given)}".rstrip())
+    return markdown(lines, facts, shown_command(_SCRIPT, options, options.given).rstrip())
 
 
 def _print_row(cells: Sequence[str]) -> None:
@@ -269,7 +268,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if bool(options.model) != bool(options.mmproj):
         parser.error("give --model and --mmproj together")
     if options.markdown:  # before an hour's work
-        write_page(options.markdown, "(being measured)\n", _BEGIN)
+        read_page(options.markdown, _SCRIPT)
     return options
 
 
@@ -296,7 +295,7 @@ def main(arguments: Sequence[str]) -> int:
             pairs = {type: _find_pair(options, type) for type in options.type or ["Q4_K_M", "BF16"]}
         page = bench(pairs, options, peers)
         if options.markdown:
-            write_page(options.markdown, page, _BEGIN)
+            write_page(options.markdown, _SCRIPT, page)
     except (LookonceError, ValueError, OSError) as error:
         print(f"bench_embed: {error}", file=sys.stderr)
         return 2

@@ -14,29 +14,33 @@ import dataclasses
 import importlib.util
 import json
 import os
-import shlex
+import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import bench_ask_peer
+from bench_page import read_page, shown_command, write_page
 from lookonce import bench, retype
 from lookonce.bench_worker import Job
-from lookonce.engine import DEFAULT_CONTEXT, physical_cores
-from lookonce.errors import LookonceError
+from lookonce.engine import DEFAULT_CONTEXT, LoadOptions, physical_cores
+from lookonce.errors import InputError, LookonceError
+from lookonce.look_plan import check_picture
 from lookonce.model_files import find_files
 from lookonce.projector_choice import compare
 from lookonce.synthetic.pair import find_pair, make_pair
+from lookonce.synthetic.shape import shape_names
+from script_options import Parser
 
 __all__ = ["BARS", "Bar", "Results", "markdown"]
 
+_SCRIPT = "bench_peers.py"
 _SCRIPTS = Path(__file__).resolve().parent
-_BEGIN, _END = "<!-- results: written by scripts/bench_peers.py -->", "<!-- end of results -->"
 _TITLES = {
     "llama": ("llama-cpp-python, MTMD chat handler", "first_token_s"),
     "llama again": ("the same, asked again", "again_s"),
@@ -153,8 +157,8 @@ def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _run_peer(job: bench_ask_peer.Job, transformers_python: str) -> dict[str, Any]:
-    python = transformers_python if job.peer == "transformers" else sys.executable
+def _run_peer(job: bench_ask_peer.Job, transformers_python: Path) -> dict[str, Any]:
+    python = str(transformers_python) if job.peer == "transformers" else sys.executable
     # Another Python has its own libraries: only this project's are handed on.
     paths = sys.path if python == sys.executable else [str(_SCRIPTS.parent / "src"), str(_SCRIPTS)]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
@@ -295,18 +299,21 @@ def _row(cells: Sequence[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_page(path: Path, text: str, mark: str = _BEGIN) -> None:
-    """Put the results between the page's marks, `mark` and the next end. Raises ValueError for a page without them."""
-    page = path.read_text(encoding="utf-8")
-    before, begin, rest = page.partition(mark)
-    _, end, after = rest.partition(_END)
-    if not begin or not end:
-        raise ValueError(f"{path} has not the lines {mark} and {_END} between which results go")
-    path.write_text(f"{before}{begin}\n\n{text}\n{end}{after}", encoding="utf-8")
+def _at_least(least: int) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = least - 1
+        if value < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number of at least {least}")
+        return value
+
+    return read
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", maxsplit=1)[0])
+    parser = Parser(prog="bench_peers", description=(__doc__ or "").split("\n", maxsplit=1)[0])
     parser.add_argument("--model", type=Path, help="a text model's .gguf (default: one of random weights is made)")
     parser.add_argument("--mmproj", type=Path, help="its projector file")
     parser.add_argument("--folder", type=Path, default=Path("models"), help="where models are made and found again")
@@ -314,25 +321,39 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--image", type=Path, help="the picture (default: drawn shapes, 512 x 512)")
     parser.add_argument("--prompt", default=bench.QUESTION)
     parser.add_argument("--peer", action="append", choices=list(bench_ask_peer.PEERS), help="default: all")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--max-tokens", type=int, default=64, help="of the long answers")
-    parser.add_argument("--n-ctx", type=int, default=DEFAULT_CONTEXT)
-    parser.add_argument("--threads", type=int, default=physical_cores())
-    parser.add_argument("--transformers-python", default=sys.executable, help="a Python that has transformers")
+    parser.add_argument("--rounds", type=_at_least(1), default=5)
+    parser.add_argument("--max-tokens", type=_at_least(2), default=64, help="of the long answers")
+    parser.add_argument("--n-ctx", type=_at_least(1), default=DEFAULT_CONTEXT)
+    parser.add_argument("--threads", type=_at_least(1), default=physical_cores())
+    parser.add_argument(
+        "--transformers-python", type=Path, default=Path(sys.executable), help="a Python that has transformers"
+    )
     parser.add_argument("--no-retype", action="store_true", help="leave the projector's types out")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--markdown", type=Path, help="a page that gets the results between its marks")
     options = parser.parse_args(arguments)
-    if bool(options.model) != bool(options.mmproj):
-        parser.error("give --model and --mmproj together")
-    if options.markdown:  # before an hour's work
-        write_page(options.markdown, "(being measured)\n")
+    _check(options)
     options.peer = options.peer or list(bench_ask_peer.PEERS)
-    own_python = options.transformers_python == sys.executable
+    own_python = options.transformers_python == Path(sys.executable)
     if "transformers" in options.peer and own_python and not importlib.util.find_spec("transformers"):
         _say("transformers is not installed: pip install 'lookonce[parity]', or give --transformers-python")
         options.peer.remove("transformers")
     return options
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Refuse now what would be refused after minutes of work."""
+    if bool(options.model) != bool(options.mmproj):
+        raise InputError("--model and --mmproj belong together: give both, or neither")
+    if options.shape not in shape_names("qwen3vl"):
+        raise InputError(f"there is no shape {options.shape!r}: choose one of {', '.join(shape_names('qwen3vl'))}")
+    LoadOptions(n_ctx=options.n_ctx, threads=options.threads)
+    if shutil.which(options.transformers_python) is None:
+        raise InputError(f"--transformers-python {str(options.transformers_python)!r} is no program: give a Python's")
+    if options.image:
+        check_picture(str(options.image))
+    if options.markdown:
+        read_page(options.markdown, _SCRIPT)
 
 
 def _pair(options: argparse.Namespace) -> tuple[Path, Path]:
@@ -352,12 +373,12 @@ def main(arguments: Sequence[str]) -> int:
         text, projector = _pair(options)
         with tempfile.TemporaryDirectory(dir=projector.parent, prefix=".bench-") as folder:
             results = measure(options, text.absolute(), projector.absolute(), Path(folder).absolute())
+        print(json.dumps(results.as_dict(), default=str) if options.json else "\n".join(lines(results)))
+        if options.markdown:
+            write_page(options.markdown, _SCRIPT, markdown(results, shown_command(_SCRIPT, options, arguments)))
     except (LookonceError, ValueError, OSError) as error:
         _say(f"bench_peers: {error}")
         return 2
-    print(json.dumps(results.as_dict(), default=str) if options.json else "\n".join(lines(results)))
-    if options.markdown:
-        write_page(options.markdown, markdown(results, f"python scripts/bench_peers.py {shlex.join(arguments)}"))
     return 1 if any(bar.passed(results) is False for bar in BARS) else 0
 
 

@@ -9,11 +9,14 @@ import lookonce
 from lookonce.cli_option import ModelOptions
 from lookonce.terminal import Terminal
 
-__all__ = ["load_model", "make_bare_parser", "make_parser", "run_script"]
+__all__ = ["Parser", "load_model", "make_bare_parser", "make_parser", "run_script"]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """A parser whose errors are raised, to be told in one line."""
+
     def error(self, message: str) -> NoReturn:
+        """Raise InputError."""
         raise lookonce.InputError(f"{message}: --help shows what there is")
 
 
@@ -32,7 +35,7 @@ def make_parser(program: str, description: str) -> argparse.ArgumentParser:
 
 def make_bare_parser(program: str, description: str) -> argparse.ArgumentParser:
     """Give a parser that knows --verbose."""
-    parser = _Parser(prog=program, description=description)
+    parser = Parser(prog=program, description=description)
     parser.add_argument("--verbose", action="store_true", help="show the log and tracebacks on stderr")
     return parser
 

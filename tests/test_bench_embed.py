@@ -11,6 +11,7 @@ import pytest
 import bench_embed
 import lookonce
 from bench_embed import CASES, Case, Line
+from bench_page import begin
 from bench_peer import Measured
 
 Pair = tuple[Path, Path]
@@ -58,7 +59,7 @@ def test_a_run_on_a_tiny_model_writes_its_figures_to_the_projects_own_page(tiny_
     told = re.search(r"short: 5 texts, 5 of them different, of .* a prompt has (\S+) tokens, and (\d+) of", done.stdout)
     assert told is not None
     assert float(told[1]) > int(told[2]) > 20
-    before, _, rest = page.read_text().partition(bench_embed._BEGIN)
+    before, _, rest = page.read_text().partition(begin("bench_embed.py"))
     results, _, after = rest.partition("<!-- end of results -->")
     assert before.startswith("# Benchmarks\n")
     assert after == PAGE.read_text().rpartition("<!-- end of results -->")[2]

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 import bench_peers
+from bench_page import END, begin
 from bench_peers import BARS, Results
 from lookonce import bench
 
@@ -87,33 +88,13 @@ def test_ratios_are_those_of_one_round_each_and_a_peer_that_took_no_part_has_non
     assert found.ratio("transformers", "state") is None
 
 
-def test_the_page_gets_the_results_between_its_marks_and_keeps_the_rest(tmp_path: Path) -> None:
+def test_a_run_on_a_tiny_model_with_the_handler_of_llama_cpp_python(tiny_pair: Pair, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    page.write_text(f"# Page\n\n{bench_peers._BEGIN}\n\nyesterday\n\n{bench_peers._END}\n\nMore.\n")
-    for _ in range(2):
-        bench_peers.write_page(page, bench_peers.markdown(results(), "python scripts/bench_peers.py"))
-    text = page.read_text()
-    assert text.startswith("# Page\n\n<!-- results")
-    assert text.endswith("\n\nMore.\n")
-    assert text.count("| llama-cpp-python, MTMD chat handler | 16.500 | 11.000 to 22.000 | 22.00 | 2.00 |") == 1
-    assert "| first token from saved rows / cold | 0.4 | at most 0.45 | pass |" in text
-    assert "yesterday" not in text
-    page.write_text("# Page\n")
-    with pytest.raises(ValueError, match="has not the lines"):
-        bench_peers.write_page(page, "x")
-
-
-def test_the_projects_own_page_has_the_marks(tmp_path: Path) -> None:
-    page = tmp_path / "benchmarks.md"
-    page.write_text((SCRIPT.parent.parent / "docs" / "benchmarks.md").read_text())
-    bench_peers.write_page(page, "new\n")
-    assert "new\n" in page.read_text()
-
-
-def test_a_run_on_a_tiny_model_with_the_handler_of_llama_cpp_python(tiny_pair: Pair) -> None:
+    page.write_text(f"# Page\n\n{begin('bench_peers.py')}\n\nyesterday\n\n{END}\n\nMore.\n")
     command = [sys.executable, str(SCRIPT), "--model", str(tiny_pair[0]), "--mmproj", str(tiny_pair[1])]
     command += ["--peer", "llama-cpp-python", "--rounds", "1", "--threads", "1", "--n-ctx", "512", "--max-tokens", "3"]
-    done = subprocess.run([*command, "--json", "--no-retype"], capture_output=True, text=True, check=False)
+    command += ["--json", "--no-retype", f"--markdown={page}"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode in (0, 1), done.stderr
     told = json.loads(done.stdout)
     (peer,) = told["peers"]["llama-cpp-python"]
@@ -122,19 +103,61 @@ def test_a_run_on_a_tiny_model_with_the_handler_of_llama_cpp_python(tiny_pair: P
     assert peer["first_token_s"] > 0
     assert peer["again_s"] > 0
     assert {bar["passed"] for bar in told["bars"]} <= {True, False, None}
+    shown = page.read_text()
+    assert f"python scripts/bench_peers.py --model {tiny_pair[0].name} --mmproj {tiny_pair[1].name} --peer" in shown
+    assert "--markdown=page.md\n```" in shown
+    assert "| Lookonce, cold |" in shown
+    assert str(tmp_path) not in shown
+    assert str(tiny_pair[0].parent) not in shown
+
+
+def test_a_run_that_breaks_off_leaves_the_last_results_on_the_page(tiny_pair: Pair, tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    old = f"{begin('bench_peers.py')}\n\nyesterday\n\n{END}\n"
+    page.write_text(old)
+    command = ["--model", str(tiny_pair[0]), "--mmproj", str(tiny_pair[1]), "--peer", "llama-cpp-python"]
+    command += ["--rounds", "1", "--n-ctx", "100000", "--markdown", str(page)]
+    done = subprocess.run([sys.executable, str(SCRIPT), *command], capture_output=True, text=True, check=False)
+    assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+    assert "n_ctx is 100000" in done.stderr
+    assert page.read_text() == old
 
 
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (("--model", "x.gguf"), "give --model and --mmproj together"),
+        (("--model", "x.gguf"), "--model and --mmproj belong together: give both, or neither"),
+        *[(("--rounds", value), f"'{value}' is no whole number of at least 1") for value in ("0", "-3", "1.5", "many")],
+        (("--max-tokens", "1"), "--max-tokens: '1' is no whole number of at least 2"),
+        (("--n-ctx", "0"), "--n-ctx: '0' is no whole number of at least 1"),
+        (("--threads", "0"), "--threads: '0' is no whole number of at least 1"),
+        (("--threads", "100000"), "threads is 100000: "),
+        (("--shape", "9b"), "there is no shape '9b': choose one of tiny, "),
+        (("--peer", "ollama"), "--peer: invalid choice: 'ollama'"),
+        (("--image", "none.png"), "none.png"),
+        (("--transformers-python", "no-python"), "--transformers-python 'no-python' is no program: give a Python's"),
+        (("--nonsense",), "unrecognized arguments: --nonsense: --help shows what there is"),
         (("--model", "x.gguf", "--mmproj", "y.gguf", "--peer", "llama-cpp-python"), "x.gguf"),
-        (("--markdown", "none.md"), "none.md"),
+        (
+            ("--markdown", "none.md"),
+            "--markdown 'none.md' cannot be used (No such file or directory): give a page that",
+        ),
+        (("--markdown", "."), "--markdown '.' cannot be used (Is a directory): give a page that is there"),
+        (("--markdown", "bare.md"), "--markdown 'bare.md' has not the lines <!-- results: "),
     ],
 )
-def test_bad_input_is_status_2(arguments: tuple[str, ...], told: str, tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(SCRIPT), *arguments], capture_output=True, text=True, check=False, cwd=tmp_path
-    )
-    assert done.returncode == 2
-    assert told in done.stderr.splitlines()[-1]
+def test_bad_input_is_one_line_and_status_2_before_anything_is_made(
+    arguments: tuple[str, ...],
+    told: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bare.md").write_text("# Page\n")
+    status = bench_peers.main(arguments)
+    said = capsys.readouterr()
+    assert (status, said.out, len(said.err.splitlines())) == (2, "", 1)
+    assert told in said.err
+    assert (tmp_path / "bare.md").read_text() == "# Page\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bare.md"]

@@ -9,6 +9,7 @@ import pytest
 
 from lookonce import cli
 from lookonce.synthetic.pair import find_pair, needed_bytes
+from lookonce.synthetic.shape import shape_names
 
 Pair = tuple[Path, Path]
 FAST = ("--rounds", "1", "--max-tokens", "3", "--threads", "1", "--n-ctx", "512")
@@ -80,6 +81,15 @@ def test_bad_input_is_one_line_and_status_2(
     status, out, err = run(capsys, *arguments)
     assert (status, out, len(err.splitlines())) == (2, "", 1)
     assert told in err
+
+
+def test_the_shapes_that_the_help_names_are_those_that_the_refusal_names(capsys: pytest.CaptureFixture[str]) -> None:
+    _, _, err = run(capsys, "--synthetic", "3b")
+    named = err.strip().rpartition("choose one of ")[2]
+    assert named == ", ".join(shape_names("qwen3vl"))
+    status, out, _ = run(capsys, "--help")
+    assert status == 0
+    assert f"made at first use: {named}." in " ".join(out.replace("│", " ").split())
 
 
 def test_a_disk_without_room_for_the_model_is_told_before_any_work(

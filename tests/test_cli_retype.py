@@ -87,6 +87,20 @@ def test_ask_uses_the_new_file_when_the_option_says_so(
     assert "has no F16 file beside it: make one with `lookonce models retype " in err
 
 
+def test_a_type_that_the_environment_asks_for_and_nobody_made_stops_pictures_alone(
+    capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "BF16")
+    ask = ("ask", "What?", "--model", model, "--threads", 1, "--no-store", "--max-tokens", 2)
+    assert run(capsys, *ask)[0] == 0
+    status, out, err = run(capsys, *ask, "-i", _picture(tmp_path))
+    assert (status, out, len(err.splitlines())) == (2, "", 1)
+    assert "LOOKONCE_MMPROJ_TYPE asks for the projector in BF16, but " in err
+    for _ in range(2):  # a folder stands for its original
+        assert run(capsys, "models", "retype", model, "--type", "BF16", "--threads", 1)[0] == 0
+    assert run(capsys, *ask, "-i", _picture(tmp_path))[0] == 0
+
+
 def _picture(folder: Path) -> Path:
     from lookonce.drawing import draw_scene
 

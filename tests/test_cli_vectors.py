@@ -319,7 +319,7 @@ def test_extract_saves_the_tensors_on_request_and_takes_pictures_together(
         (("cat.png", "CAT.png"), "would both be saved as"),
         (("cat.png", "none.png"), "none.png"),
         (("cat.png", "torn.png"), "torn.png"),
-        (("look.safetensors",), "a saved look"),
+        (("look.safetensors",), "a saved look or chat, which holds no stages"),
         (("cat.png", "--outdir", "nowhere/out"), "the folder around it"),
         (("cat.png", "--outdir", "torn.png"), "is a file"),
         (("taken.png", "--outdir", "sub"), "is a file"),

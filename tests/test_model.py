@@ -1,5 +1,6 @@
 """Loading a model, and that it can be used for ever."""
 
+import functools
 import gc
 import logging
 import shutil
@@ -162,6 +163,23 @@ def test_answers_stay_the_same_however_many_came_before(model: Model) -> None:
     first = [model.ask("What is it?", [look], **GREEDY).text for look in looks]
     order = np.random.default_rng(0).integers(0, 4, 40).tolist()
     assert [model.ask("What is it?", [looks[one]], **GREEDY).text for one in order] == [first[one] for one in order]
+
+
+def test_an_option_that_there_is_not_is_refused_wherever_a_question_is_asked(tiny_pair: Pair) -> None:
+    with lookonce.load(tiny_pair[0], store=False, threads=1, n_ctx=512) as model:
+        asks: list[tuple[Any, str]] = [
+            (model.ask, "images, system, min_pixels, max_pixels, stream"),
+            (functools.partial(model.ask, stream=True), "images, system, min_pixels, max_pixels, stream"),
+            (lambda prompt, **options: model.ask_many([prompt], **options), "max_pixels, stream"),
+            (model.chat().ask, "grammar, images, stream"),
+        ]
+        for ask, known in asks:
+            with pytest.raises(
+                TypeError, match=f"^there is no option 'temprature', perhaps temperature is meant: .*{known}$"
+            ):
+                ask("What?", temprature=0)
+            with pytest.raises(TypeError, match=r"^there is no option 'image', perhaps images is meant: "):
+                ask("What?", image="cat.jpg")
 
 
 @pytest.mark.parametrize(

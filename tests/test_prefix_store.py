@@ -23,11 +23,14 @@ from lookonce import engine, gguf_file, prefix_store
 from lookonce.chat import Chat
 from lookonce.engine import LoadOptions
 from lookonce.errors import InputError, NativeError
-from lookonce.kept_state import KeptStates
+from lookonce.fingerprint import Fingerprint
+from lookonce.held import Held
+from lookonce.kept_state import KeptState, KeptStates
 from lookonce.model import Model
 from lookonce.native.library import Device
 from lookonce.native.text import Context
-from lookonce.prompt import Part
+from lookonce.prefix_store import PrefixStore
+from lookonce.prompt import Part, Prompt, RowRun, TokenRun
 from lookonce.store import Store
 
 Pair = tuple[Path, Path]
@@ -328,6 +331,26 @@ def test_a_state_is_found_by_the_exact_tokens_and_rows_before_it(folder: Path, s
     with load(folder, store, state="read") as model:
         reply = model.ask("Compare <image_1> with <image_2>. Why?", [A, B], system="Be brief.", **GREEDY)
         assert reply.usage.prefix == "store"
+
+
+@pytest.mark.parametrize("changed", [{"advance": 4}, {"causal": False}, {"start": 1}, {"stop": 19}], ids=str)
+def test_runs_of_one_look_that_differ_in_one_thing_alone_never_share_a_kept_state(
+    folder: Path, store: Store, changed: dict[str, Any]
+) -> None:
+    text = Fingerprint(next(folder.glob("Qwen*.gguf")), store)
+    text.value()
+    states = PrefixStore(store, text, {}, 512, reads_only=False)
+    run = RowRun(A, 0, 20, 5, causal=True)
+    prompts = [Prompt((TokenRun((1, 2)), one, TokenRun((3,)))) for one in (run, replace(run, **changed))]
+    for number, prompt in enumerate(prompts):
+        held = Held.of(prompt.runs[:2])
+        states.keep(KeptState(held, np.full(64, number, dtype=np.uint8), last=held.position - 1))
+    states.close()
+    assert count(store) == 2
+    for number, prompt in enumerate(prompts):
+        found = states.fetch(prompt, beyond=0)
+        assert found is not None
+        assert found.state.tolist() == [number] * 64
 
 
 # --- damage

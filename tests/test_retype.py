@@ -279,6 +279,46 @@ def test_a_type_that_nobody_made_is_refused_with_the_command_that_makes_it(model
         find_files(model, mmproj_type="F64")
 
 
+@pytest.mark.parametrize("who", ["LOOKONCE_MMPROJ_TYPE", "the model's card"])
+def test_a_type_that_nobody_made_and_that_no_option_names_stops_pictures_alone(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, who: str
+) -> None:
+    options: dict[str, Any] = {"threads": 1, "n_ctx": 256, "store": False}
+    picture = np.zeros((64, 64, 3), dtype=np.uint8)
+    named: str | Path = model
+    with lookonce.load(model, **options) as loaded:
+        loaded.look(picture).save(tmp_path / "look.safetensors")
+    if who == "LOOKONCE_MMPROJ_TYPE":
+        monkeypatch.setenv(who, "bf16")
+    else:
+        named = "own"
+        write_card(model, tmp_path, monkeypatch, "BF16")
+    with lookonce.load(named, **options) as loaded:
+        assert loaded.ask("What?", temperature=0, max_tokens=2).usage.generated == 2
+        assert loaded.ask("What?", [tmp_path / "look.safetensors"], max_tokens=2).usage.image_rows > 0
+        with pytest.raises(ModelFileError) as caught:
+            loaded.ask("What?", [picture])
+    told = str(caught.value)
+    assert told.startswith(f"{who} asks for the projector in BF16, but {model / 'mmproj.gguf'} has no BF16 file beside")
+    assert f"make one with `lookonce models retype {model / 'mmproj.gguf'} --type BF16`, or " in told
+    with pytest.raises(ModelFileError, match="has no Q8_0 file beside it"):
+        lookonce.load(named, mmproj_type="Q8_0", **options)
+    retype.retype(model / "mmproj.gguf", "BF16")
+    with lookonce.load(named, **options) as loaded:
+        assert loaded.look(picture).projector_name == "mmproj-BF16.gguf"
+
+
+def test_a_variable_that_names_no_type_is_refused_by_its_name_and_an_option_outranks_it(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "F64")
+    with pytest.raises(
+        InputError, match=r"^LOOKONCE_MMPROJ_TYPE is 'F64': set it to BF16, F16, Q8_0 or auto, or unset"
+    ):
+        lookonce.load(model, store=False)
+    assert find_files(model, mmproj_type="auto").projector is not None
+
+
 def test_a_file_retyped_from_what_the_original_was_before_is_not_used(model: Path, tmp_path_factory: Any) -> None:
     original = model / "mmproj.gguf"
     retype.retype(original, "BF16")
@@ -306,14 +346,18 @@ def test_the_type_asked_for_decides_between_originals(model: Path, tiny_pair: Pa
     assert projector.path.name == "other.gguf"
 
 
-def test_a_card_can_say_which_type_is_used(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    retype.retype(model / "mmproj.gguf", "BF16")
+def write_card(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     card = (
-        '[own]\nfamily = "qwen3vl"\nlicence = "MIT"\nfolder = "."\nmmproj_type = "auto"\n'
+        f'[own]\nfamily = "qwen3vl"\nlicence = "MIT"\nfolder = {str(model)!r}\nmmproj_type = "{kind}"\n'
         'text.F32 = { file = "text.gguf" }\nprojector.F32 = { file = "mmproj.gguf" }\n'
     )
     (tmp_path / "models.toml").write_text(card)
     monkeypatch.setenv("LOOKONCE_MODELS", str(tmp_path / "models.toml"))
+
+
+def test_a_card_can_say_which_type_is_used(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    retype.retype(model / "mmproj.gguf", "BF16")
+    write_card(model, tmp_path, monkeypatch, "auto")
     projector = find_files("own").projector
     assert projector is not None
     assert projector.path.name == "mmproj-BF16.gguf"

@@ -1,13 +1,14 @@
 """The options of a reply are checked before anything native sees them."""
 
 import json
+from dataclasses import fields
 from types import MappingProxyType
 from typing import Any
 
 import pytest
 
 from lookonce.errors import PromptError
-from lookonce.sampling import Sampling
+from lookonce.sampling import Sampling, SamplingOptions, refuse_unknown
 
 NAN, INFINITE = float("nan"), float("inf")
 WRONG: dict[str, list[Any]] = {
@@ -61,3 +62,20 @@ def test_a_schema_is_a_mapping_or_its_text(schema: Any) -> None:
 def test_a_schema_that_is_no_json_is_refused(schema: Any) -> None:
     with pytest.raises(PromptError, match="json_schema is not JSON"):
         _ = Sampling(json_schema=schema).schema_text
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [("temprature", "temperature"), ("top_pp", "top_p"), ("image", "images"), ("temp", "temperature"), ("n", None)],
+)
+def test_an_option_that_there_is_not_is_refused_with_the_nearest_and_the_list(name: str, meant: str | None) -> None:
+    with pytest.raises(TypeError) as caught:
+        refuse_unknown({"top_k": 1, name: 0}, "images")
+    perhaps = f", perhaps {meant} is meant" if meant else ""
+    known = ", ".join([*SamplingOptions.__annotations__, "images"])
+    assert str(caught.value) == f"there is no option {name!r}{perhaps}: choose from {known}"
+
+
+def test_every_option_that_there_is_goes_through_and_is_one_of_sampling() -> None:
+    refuse_unknown(dict.fromkeys(SamplingOptions.__annotations__))
+    assert list(SamplingOptions.__annotations__) == [one.name for one in fields(Sampling)]

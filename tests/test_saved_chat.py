@@ -264,8 +264,17 @@ def test_a_state_that_a_stranger_made_up_is_not_believed(folder: Path, saved: by
 def test_other_file_names_are_refused(model: Model, tmp_path: Path, name: str) -> None:
     with pytest.raises(SavedLookError, match=r"not a saved chat's name: end it in \.safetensors"):
         model.chat().save(tmp_path / name)
-    with pytest.raises(SavedLookError, match="not a saved chat's name"):
+    with pytest.raises(
+        SavedLookError, match=r"not a saved chat's name: give a \.safetensors file that chat\.save wrote"
+    ):
         Chat.load(model, tmp_path / name)
+
+
+@pytest.mark.parametrize("given", [A, None, b"chat.safetensors"], ids=["a look", "nothing", "bytes"])
+def test_what_is_no_path_is_refused(model: Model, given: Any) -> None:
+    for use in (model.chat().save, lambda path: Chat.load(model, path)):
+        with pytest.raises(SavedLookError, match=f"not in an? {type(given).__name__}: give its path"):
+            use(given)
 
 
 def test_what_is_no_saved_chat_is_refused(model: Model, tmp_path: Path) -> None:
@@ -276,9 +285,6 @@ def test_what_is_no_saved_chat_is_refused(model: Model, tmp_path: Path) -> None:
     os.mkfifo(pipe)
     with pytest.raises(SavedLookError, match="is a device or a pipe: expected a saved chat"):
         Chat.load(model, pipe)
-    A.save(path)
-    with pytest.raises(SavedLookError, match="is not a saved chat"):
-        Chat.load(model, path)
     with pytest.raises(SavedLookError, match="cannot be written"):
         model.chat().save(tmp_path / "none" / "a.safetensors")
 

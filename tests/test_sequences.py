@@ -51,10 +51,12 @@ class _Conversation:
 class Bench:
     """A context, its sequences, and what both give for a prompt."""
 
-    def __init__(self, model: TextModel, n_ctx: int = 2048, count: int = 4, **options: Any) -> None:
+    def __init__(
+        self, model: TextModel, n_ctx: int = 2048, count: int = 4, *, owes: bool = False, **options: Any
+    ) -> None:
         self.model = model
         self.context = Context(model, ContextOptions(n_ctx=n_ctx, threads=1, n_sequences=5, **options))
-        self.sequences = Sequences(self.context, count, KeptStates(n_ctx))
+        self.sequences = Sequences(self.context, count, KeptStates(n_ctx), owes=owes)
         self.conversations: list[_Conversation] = []  # alive, so that all that leaves the context is kept
 
     def prompt(self, *parts: Part) -> Prompt:
@@ -205,6 +207,25 @@ def test_a_prompt_is_reused_up_to_its_last_picture_and_its_own_reply_whole(model
     assert following.reused_cells == whole
     expected = fresh(model, A, "What is it?", END, reply, BEGIN, "And?")[0]
     assert np.abs(bench.context.logits() - expected).max() < 5e-3 * np.abs(expected).max()
+    bench.context.close()
+
+
+def test_after_a_reset_nothing_is_believed_to_be_held_any_more(model: TextModel) -> None:
+    bench = Bench(model, owes=True)
+    stream = bench.begin(C, "What is it?")
+    for look in (A, B):
+        bench.answer(look, "What is it?")
+    bench.sequences.release(stream)
+    prompts = [bench.prompt(look, "What is it?") for look in (A, B, C)]  # in memory, in a sequence, owed to the store
+    assert all(bench.sequences.reusable_units(prompt) >= prompt.picture_ends[-1] for prompt in prompts)
+    bench.sequences.reset()
+    bench.check()
+    assert bench.sequences.room == bench.context.n_ctx
+    assert [bench.sequences.reusable_units(prompt) for prompt in prompts] == [0, 0, 0]
+    assert bench.sequences.take_owed() == []
+    turn = bench.begin(A, "What is it?")
+    assert turn.reused_cells == 0
+    assert np.array_equal(bench.context.logits(), fresh(model, A, "What is it?")[0])
     bench.context.close()
 
 

@@ -24,6 +24,7 @@ from lookonce.turn import Turn, refuse_overflow
 # Cells for each answer under way, before another question is let in: those let in too early are put off again, and what
 # was evaluated of them is evaluated anew.
 _HEADROOM: Final = 64
+_NAMED_CHARACTERS: Final = 40  # of a question that cannot be asked
 
 
 class ReplyStreams(Iterator[tuple[int, str]]):
@@ -155,14 +156,14 @@ def begin_many(
     before = opening(engine, system)
     prepared = engine.prepare(images, options)
     for number, prompt in enumerate(prompts):
-        with _numbered(number):
+        with _named(number, prompt):
             engine.refuse([*before, Message("user", place_looks(prompt, name_looks(prepared, {}), {}))])
     looks = engine.finish(prepared)
     named = name_looks(looks, {})
     looked = time.perf_counter()
     asked = []
     for number, prompt in enumerate(prompts):
-        with _numbered(number):
+        with _named(number, prompt):
             whole = engine.prompt([*before, Message("user", place_looks(prompt, named, {}))])
             refuse_overflow(whole.n_tokens, whole.n_rows, engine.n_ctx)
         asked.append(Asked(started, looked, tuple(looks), Turn(whole), lambda _text: None))
@@ -170,9 +171,16 @@ def begin_many(
 
 
 @contextmanager
-def _numbered(number: int) -> Iterator[None]:
+def _named(number: int, prompt: str) -> Iterator[None]:
     """Say which question it is that cannot be asked."""
     try:
         yield
     except InputError as error:
-        raise type(error)(f"question {number}: {error}") from error
+        text = f" ({_shortened(prompt)!r})" if isinstance(prompt, str) else ""
+        named = type(error)(f"prompts[{number}]{text} cannot be asked: {error}")
+        named.item = number
+        raise named from error
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= _NAMED_CHARACTERS else f"{text[:_NAMED_CHARACTERS]}..."

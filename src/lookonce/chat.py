@@ -19,7 +19,7 @@ from lookonce.images import PictureSource
 from lookonce.looker import LookOptions, PendingLook
 from lookonce.prompt import Message, Unit, name_looks, place_looks
 from lookonce.reply import Answer, Asked, Reply
-from lookonce.sampling import Sampling, SamplingOptions
+from lookonce.sampling import Sampling, SamplingOptions, refuse_unknown
 from lookonce.saved_chat import SavedChat
 from lookonce.turn import Turn, refuse_overflow
 
@@ -166,6 +166,7 @@ class Chat:
         PictureError and ModelFileError for what cannot be looked at; the conversation is then as it was.
         """
         started = time.perf_counter()
+        refuse_unknown(options, "images", "stream")
         sampling = Sampling(**options)
         self._close_stream()
         new, message = self._place(prompt, (*self._waiting, *checked_images(images)))

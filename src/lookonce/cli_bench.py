@@ -5,12 +5,13 @@ import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
 from lookonce.cli_option import MODEL_HINT, JsonFlag, ModelOptions, PixelOptions, gather
 from lookonce.errors import InputError
+from lookonce.synthetic.shape import shape_names
 from lookonce.terminal import FAILURE, bar, status, write, write_json
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ BENCH_EPILOG = f"""[dim]lookonce bench --model qwen3-vl-2b-instruct -i photo.jpg
 lookonce bench --synthetic 2b --json > bench.json[/dim]
 
 {MODEL_HINT}"""
+
+_SHAPES: Final = shape_names("qwen3vl")
 
 
 @gather
@@ -37,7 +40,8 @@ def bench(
     synthetic: Annotated[
         str | None,
         typer.Option(
-            metavar="SHAPE", help="In place of a model: one of random weights, tiny, 2b, 4b or 8b, made at first use."
+            metavar="SHAPE",
+            help=f"In place of a model: one of random weights, made at first use: {', '.join(_SHAPES)}.",
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns that each takes.", show_default=True)] = 5,
@@ -113,10 +117,9 @@ def _synthetic(shape: str) -> tuple[Path, Path]:
     import platformdirs
 
     from lookonce.synthetic.pair import find_pair, make_pair, needed_bytes
-    from lookonce.synthetic.shape import shape_names
 
-    if shape not in shape_names("qwen3vl"):
-        raise InputError(f"there is no shape {shape!r}: choose one of {', '.join(shape_names('qwen3vl'))}")
+    if shape not in _SHAPES:
+        raise InputError(f"there is no shape {shape!r}: choose one of {', '.join(_SHAPES)}")
     folder = platformdirs.user_cache_path("lookonce") / "synthetic"
     if (found := find_pair(folder, shape=shape, type="Q4_K_M", mmproj_type="F16")) is not None:
         return found

@@ -132,8 +132,8 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="TYPE",
-            envvar="LOOKONCE_MMPROJ_TYPE",
-            help="Use the projector of this type that models retype made: BF16, F16, Q8_0 or auto.",
+            help="Use the projector of this type that models retype made: BF16, F16, Q8_0 or auto. "
+            "Default: $LOOKONCE_MMPROJ_TYPE, else the card's.",
             rich_help_panel=_MODEL,
         ),
     ] = None

@@ -94,7 +94,7 @@ def _find_projector(named: str) -> Path:
 
     if find_card(split_name(named)[0]) is None and not Path(named).expanduser().is_dir():
         return Path(named).expanduser()
-    found = find_files(named)
+    found = find_files(named, retyped=False)
     if found.projector is None:
         raise ModelFileError(found.missing)
     return found.projector.path

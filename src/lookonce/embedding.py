@@ -17,8 +17,7 @@ import io
 import json
 import os
 import re
-import stat
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -29,9 +28,10 @@ from numpy.typing import NDArray
 
 from lookonce.durable import write_durably
 from lookonce.errors import InputError, NotFiniteError, PromptError, SavedLookError
-from lookonce.tensor_file import DTYPE_NAMES, MAX_HEADER_BYTES, array_bytes, compact_json, pack, unpack
+from lookonce.saved_file import read_saved
+from lookonce.tensor_file import DTYPE_NAMES, array_bytes, compact_json, pack, unpack
 
-__all__ = ["FORMAT_VERSION", "ImageEmbedding", "RowSegment", "Segment", "TextSegment", "read_saved", "to_stored_type"]
+__all__ = ["FORMAT_VERSION", "ImageEmbedding", "RowSegment", "Segment", "TextSegment", "to_stored_type"]
 
 FORMAT_VERSION = 1
 
@@ -181,36 +181,8 @@ class ImageEmbedding:
         """Read a saved look, checked to the last byte."""
         path = Path(path)
         if _is_torch(path):
-            return _from_torch(read_saved(path, None), path)
-        return cls.from_bytes(read_saved(path, _TENSORS), name=path.name)
-
-
-def _check_regular(path: Path, status: os.stat_result, what: str) -> None:
-    if not stat.S_ISREG(status.st_mode):
-        raise SavedLookError(f"{path} is a device or a pipe: expected a {what}")
-
-
-def read_saved(path: Path, tensors: Collection[str] | None, *, what: str = "saved look") -> bytes:
-    """A file's bytes; a safetensors file of other tensors is refused before gigabytes of weights are read.
-
-    Raises SavedLookError, calling the file a `what`, where it cannot be read.
-    """
-    try:
-        # A named pipe without a writer would otherwise hold the process for ever.
-        with open(path, "rb", opener=lambda name, flags: os.open(name, flags | getattr(os, "O_NONBLOCK", 0))) as file:
-            status = os.fstat(file.fileno())
-            _check_regular(path, status, what)
-            data = file.read(8 + MAX_HEADER_BYTES)
-            if tensors is not None:
-                unpack(data, tensors, name=path.name, total_bytes=status.st_size)
-            return data + file.read()
-    except SavedLookError:
-        raise
-    except FileNotFoundError:
-        raise SavedLookError(f"{path} does not exist: check the path, or save one there first") from None
-    except (OSError, ValueError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise SavedLookError(f"{path} cannot be read ({reason}): check the path and its rights") from error
+            return _from_torch(read_saved(path, None, "saved look", safetensors=False), path)
+        return cls.from_bytes(read_saved(path, _TENSORS, "saved look"), name=path.name)
 
 
 def to_stored_type(rows: NDArray[np.float32], dtype: Literal["f16", "f32"] = "f16") -> NDArray[Any]:

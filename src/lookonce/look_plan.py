@@ -57,7 +57,7 @@ def plan_stages(pictures: Sequence[str], outdir: str, *, together: bool) -> list
     _check_folder(folder, "--outdir")
     for picture in pictures:
         if Path(picture).suffix.lower() in _SUFFIXES:
-            raise InputError(f"{picture!r} is a saved look, which holds no stages: give the picture itself")
+            raise InputError(f"{picture!r} is a saved look or chat, which holds no stages: give the picture itself")
     groups = [tuple(pictures)] if together else [(picture,) for picture in pictures]
     planned = [PlannedStages(group, folder / Path(group[0]).stem) for group in groups]
     if not together:

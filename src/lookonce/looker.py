@@ -149,9 +149,10 @@ class Looker:
         if isinstance(source, ImageEmbedding):
             return self.checked(source)
         if isinstance(source, str | PathLike) and Path(source).suffix.lower() in SAVED_SUFFIXES:
+            look = self.checked(ImageEmbedding.load(source))
             if (options.min_pixels, options.max_pixels) != (None, None):
                 logger.warning("%s is a saved look: the limits on pixels do not change it", source)
-            return self.checked(ImageEmbedding.load(source))
+            return look
         projector = self._require_projector()
         rule = self._rule(projector, options)
         read = images.read_source(source)

@@ -20,10 +20,12 @@ from lookonce.model_files import ModelFiles, find_files
 from lookonce.native.text import KvType
 from lookonce.prefix_store import StateMode
 from lookonce.reply import Reply
-from lookonce.retype import checked_type
-from lookonce.sampling import Sampling, SamplingOptions
+from lookonce.retype import wanted_type
+from lookonce.sampling import Sampling, SamplingOptions, refuse_unknown
 from lookonce.store import Store
 from lookonce.trial import try_model
+
+_BESIDE_SAMPLING: Final = ("images", "system", "min_pixels", "max_pixels", "stream")  # what `ask` takes with them
 
 
 class Model:
@@ -126,6 +128,7 @@ class Model:
 
         Raises what `Chat.ask` raises.
         """
+        refuse_unknown(options, *_BESIDE_SAMPLING)
         chat = self.chat(images, system=system, min_pixels=min_pixels, max_pixels=max_pixels)
         return chat.ask(prompt, stream=True, **options) if stream else chat.ask(prompt, **options)
 
@@ -186,10 +189,11 @@ class Model:
         stream: give pairs of a question's number, from 0, and a piece of its reply, as they are generated;
             `ReplyStreams.replies` has the replies.
 
-        Raises what `ask` raises, with the number of the question, before any is answered.
+        Raises what `ask` raises, with the question and its place in `prompts`, before any is answered.
         """
         if isinstance(prompts, str) or not isinstance(prompts, Sequence):
             raise PromptError(f"prompts is a {type(prompts).__name__}: give a list of questions")
+        refuse_unknown(options, *_BESIDE_SAMPLING)
         look = LookOptions(min_pixels, max_pixels)
         streams = begin_many(
             self.engine, prompts, checked_images(images), system=system, options=look, sampling=Sampling(**options)
@@ -239,7 +243,8 @@ def load(
     mmproj: its projector file. Without it the card's is taken, or the one in the folder whose metadata fit.
     mmproj_type: `BF16`, `F16` or `Q8_0` for the projector of this type, which `lookonce models retype` makes of
         another; `auto` for the one that it made, if there is one. None is what LOOKONCE_MMPROJ_TYPE says, else the
-        card's; where these say nothing, retyped files are passed over.
+        card's; where these say nothing, retyped files are passed over. A type that is not there is refused now where
+        it is given, and else by the first picture.
     device: `auto`, `cpu`, `cuda`, `cuda:0`, `metal`. `auto` takes the GPUs that the native build can use.
     n_gpu_layers: how many layers go to the GPU; None is all. 0 keeps the vision tower on the CPU too.
     n_ctx: tokens and image rows that the context holds; None is the card's, else 8,192, or what the model was trained
@@ -261,14 +266,12 @@ def load(
     device that the build lacks, InputError for another option.
     """
     options = LoadOptions(device, n_gpu_layers, n_ctx, threads, kv_type, flash_attention, state)
-    kind = mmproj_type or os.environ.get("LOOKONCE_MMPROJ_TYPE") or None
-    if kind is not None:
-        checked_type(kind, auto=True)
+    wanted_type(mmproj_type)  # refused before anything is fetched
     tried = _wants_trial(trial)
     own = None if isinstance(store, Store) else _open_store(store)
     used = store if isinstance(store, Store) else own
     try:
-        files = find_files(model, mmproj, mmproj_type=kind, store=used, fetch=_fetch if download else None)
+        files = find_files(model, mmproj, mmproj_type=mmproj_type, store=used, fetch=_fetch if download else None)
         return _load(files, options, used, owns_store=own is not None, trial=tried)
     except BaseException:
         if own is not None:

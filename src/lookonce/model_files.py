@@ -17,6 +17,7 @@ from lookonce.fingerprint import Fingerprint
 from lookonce.folder_files import FolderFiles, fitting_projector, only_text_model, read_folder, warn_of_names
 from lookonce.gguf_file import GgufFile
 from lookonce.model_folders import exists, find_named, folder_aside, locate, places, published_name
+from lookonce.retype import wanted_type
 from lookonce.store import Store
 
 __all__ = ["CardPaths", "Fetch", "ModelFiles", "find_files", "locate_card"]
@@ -57,6 +58,7 @@ def find_files(
     mmproj: str | PathLike[str] | None = None,
     *,
     mmproj_type: str | None = None,
+    retyped: bool = True,
     store: Store | None = None,
     fetch: Fetch | None = None,
 ) -> ModelFiles:
@@ -64,28 +66,32 @@ def find_files(
 
     model: a card's name, one with a quantization as in `qwen3-vl-2b-instruct:Q8_0`, a text GGUF, or a folder with
         one. A file or folder that is not here is looked for in the folders of models.
-    mmproj_type: the type of the projector's file, where a retyped one is to be used: see `retype.in_type`. None is the
-        card's.
+    mmproj_type: the type of the projector's file, where a retyped one is to be used: see `retype.in_type`. None is what
+        LOOKONCE_MMPROJ_TYPE says, else the card's.
+    retyped: False leaves retyped files out, whatever the environment and the card say.
     store: where a file's fingerprint may be noted. That of a card's file is compared with the published one, for which
         the file is read through where it is not noted.
     fetch: fetches what is missing of a card.
 
     Without `mmproj` the projector is the card's, or the one in the text model's folder whose metadata fit. Where there
-    is none, or several fit equally, the model has no projector, which is enough to replay saved looks. Raises
-    ModelFileError for a missing, damaged or mismatched file.
+    is none, or several fit equally, or none has the type that the environment or the card asks for, the model has no
+    projector, which is enough to replay saved looks. Raises ModelFileError for a missing, damaged or mismatched file.
     """
+    told = wanted_type(mmproj_type) if retyped else None
     name, quantization = split_name(model) if isinstance(model, str) else ("", None)
     if (named := _named_card(name, model)) is not None:
-        search = _CardSearch(named, quantization, mmproj_type or named.mmproj_type, store)
-        return _in_type(_of_card(search, mmproj, fetch), mmproj_type, store)
+        search = _CardSearch(named, quantization, told or named.mmproj_type, store)
+        found = _of_card(search, mmproj, fetch)
+        return _in_type(found, mmproj_type, store) if retyped else found
     path = _place("model", model)
     if not exists(path):
         raise _unknown(model)
     beside = read_folder(path) if path.is_dir() else None
     text = _text_model(path) if beside is None else only_text_model(beside)
     card_of_file = _card_of(text, store)
-    kind = mmproj_type or (card_of_file.mmproj_type if card_of_file else None)
-    return _in_type(replace(_paired(text, mmproj, kind, beside), card=card_of_file), mmproj_type, store)
+    kind = told or (card_of_file.mmproj_type if card_of_file else None)
+    found = replace(_paired(text, mmproj, kind, beside), card=card_of_file)
+    return _in_type(found, mmproj_type, store) if retyped else found
 
 
 def _named_card(name: str, model: str | PathLike[str]) -> ModelCard | None:
@@ -303,18 +309,24 @@ def _text_model(path: Path) -> GgufFile:
 
 
 def _in_type(files: ModelFiles, mmproj_type: str | None, store: Store | None) -> ModelFiles:
-    """The files with the projector in the type that the caller or the card wants."""
-    wanted = mmproj_type or (files.card.mmproj_type if files.card else None)
-    if wanted is None:
+    """The files with the projector in the type that is wanted.
+
+    Where there is none of it the caller, who named the type, is told; otherwise only those are who bring a picture.
+    """
+    told = wanted_type(mmproj_type)
+    wanted = told or (files.card.mmproj_type if files.card else None)
+    if wanted is None or files.projector is None:
         return files
-    retype.checked_type(wanted, auto=True)
-    if files.projector is None:
-        return files
-    found = retype.in_type(files.projector, wanted, store)
-    if found is files.projector:
-        return files
-    gguf_check.check_pair(files.text, found)
-    return replace(files, projector=found, chosen=False)
+    try:
+        found = retype.in_type(files.projector, wanted, store)
+        gguf_check.check_pair(files.text, found)
+    except ModelFileError as error:
+        if mmproj_type:
+            raise
+        who, undo = (retype.TYPE_VARIABLE, "unset it") if told else ("the model's card", "take mmproj_type out of it")
+        missing = f"{who} asks for the projector in {wanted}, but {error}, or {undo}"
+        return replace(files, projector=None, chosen=False, missing=missing)
+    return files if found is files.projector else replace(files, projector=found, chosen=False)
 
 
 def _paired(

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TYPES",
+    "TYPE_VARIABLE",
     "Retyped",
     "checked_type",
     "in_type",
@@ -40,9 +41,11 @@ __all__ = [
     "read_original",
     "retype",
     "retyped_name",
+    "wanted_type",
 ]
 
 TYPES: Final = ("BF16", "F16", "Q8_0")  # what can be asked for
+TYPE_VARIABLE: Final = "LOOKONCE_MMPROJ_TYPE"
 ORIGIN_KEY: Final = "lookonce.retyped_from"
 _FAMILIES: Final = ("qwen3vl", "qwen2.5vl", "qwen2vl")
 _TYPE_IN_NAME: Final = re.compile(
@@ -68,6 +71,17 @@ def checked_type(type: str, *, auto: bool = False) -> str:
         if isinstance(type, str) and one.lower() == type.lower():
             return one
     raise InputError(f"{type!r} is no type of a projector here: choose one of {', '.join(known)}")
+
+
+def wanted_type(given: str | None) -> str | None:
+    """The type given, else what LOOKONCE_MMPROJ_TYPE says; None where neither does. Raises InputError for another."""
+    if given:
+        return checked_type(given, auto=True)
+    said = os.environ.get(TYPE_VARIABLE)
+    try:
+        return checked_type(said, auto=True) if said else None
+    except InputError as error:
+        raise InputError(f"{TYPE_VARIABLE} is {said!r}: set it to {', '.join(TYPES)} or auto, or unset it") from error
 
 
 def origin(gguf: GgufFile) -> str | None:

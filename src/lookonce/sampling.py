@@ -1,5 +1,6 @@
 """How the next token is chosen: the options, checked. The sampling itself is `native/sampler.py`'s."""
 
+import difflib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -24,6 +25,16 @@ class SamplingOptions(TypedDict, total=False):
     stop: str | list[str] | tuple[str, ...]
     json_schema: Mapping[str, Any] | str | None
     grammar: str | None
+
+
+def refuse_unknown(options: Mapping[str, Any], *others: str) -> None:
+    """Raise TypeError, as Python does, for a name that is none of `SamplingOptions` or of `others` beside them."""
+    known = [*SamplingOptions.__annotations__, *others]
+    for name in options:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            perhaps = f", perhaps {near[0]} is meant" if near else ""
+            raise TypeError(f"there is no option {name!r}{perhaps}: choose from {', '.join(known)}")
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,17 +16,19 @@ import numpy as np
 from blake3 import blake3
 
 from lookonce.durable import Data, write_durably
-from lookonce.embedding import ImageEmbedding, read_saved
+from lookonce.embedding import ImageEmbedding
 from lookonce.errors import InputError, SavedLookError
 from lookonce.held import Held
+from lookonce.item import kind_of
 from lookonce.kept_state import KeptState
 from lookonce.looker import LookOptions
 from lookonce.prompt import Message, Part, RowRun, Unit
+from lookonce.saved_file import Saved, read_saved
 from lookonce.tensor_file import Array, array_bytes, head, unpack
 
 FORMAT_VERSION: Final = 1
 SUFFIX: Final = ".safetensors"
-_WHAT: Final = "saved chat"
+_WHAT: Final[Saved] = "saved chat"
 _ROLES: Final = ("system", "user", "assistant")
 
 
@@ -48,7 +50,7 @@ class SavedChat:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the file; it appears complete or not at all. Raises SavedLookError where it cannot be written."""
-        path = _checked_name(path)
+        path = _checked_name(path, f"end it in {SUFFIX}")
         try:
             write_durably(path, *_pack(self))
         except OSError as error:
@@ -57,14 +59,16 @@ class SavedChat:
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "SavedChat":
         """Read a file, checked to the last byte. Raises SavedLookError where anything is wrong with it."""
-        path = _checked_name(path)
-        return _unpack(read_saved(path, None, what=_WHAT), path.name)
+        path = _checked_name(path, f"give a {SUFFIX} file that chat.save wrote")
+        return _unpack(read_saved(path, None, _WHAT), path.name)
 
 
-def _checked_name(path: str | os.PathLike[str]) -> Path:
+def _checked_name(path: str | os.PathLike[str], otherwise: str) -> Path:
+    if not isinstance(path, str | os.PathLike):
+        raise SavedLookError(f"a chat is saved in a file, not in {kind_of(path)}: give its path")
     path = Path(path)
     if path.suffix.lower() != SUFFIX:
-        raise SavedLookError(f"{path} is not a saved chat's name: end it in {SUFFIX}")
+        raise SavedLookError(f"{path} is not a saved chat's name: {otherwise}")
     return path
 
 

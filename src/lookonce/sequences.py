@@ -74,7 +74,7 @@ class Sequences:
         return sum(slot.owner is None for slot in self._slots)
 
     def reset(self) -> None:
-        """Let go of everything, the values in the cells included; turns under way are evaluated again."""
+        """Let go of everything, values in cells and what is owed included; turns under way are evaluated again."""
         for slot in self._slots:
             slot.turn = None
             slot.sound = False
@@ -83,6 +83,7 @@ class Sequences:
             slot.let_go(START)
             slot.sound = True
         self._taken = 0
+        self._owed.clear()
         if self._kept is not None:
             self._kept.clear()
 

@@ -76,21 +76,24 @@ def unpack(
     *,
     name: str,
     what: str = "saved look",
+    certain: bool = False,
     total_bytes: int | None = None,
 ) -> tuple[dict[str, str], dict[str, Array]]:
     """Give the metadata and exactly the tensors called `names` (None: all), which share the memory of `data`.
 
     All are matrices. With `total_bytes`, `data` is the beginning of so long a file, and no arrays are made. Raises
-    `SavedLookError`, calling the file `name` and its kind `what`, unless every byte of it is accounted for.
+    `SavedLookError`, calling the file `name` and its kind `what`, unless every byte of it is accounted for; `certain`
+    says that it is of that kind, or was.
     """
+    begin = f"{name} is a {what}, but" if certain else f"{name} is not a {what}, or"
     total = len(data) if total_bytes is None else total_bytes
     length = int.from_bytes(data[:8], "little")
     if len(data) < 8 or not 2 <= length <= min(MAX_HEADER_BYTES, total - 8):
-        raise SavedLookError(f"{name} is not a {what}, or is cut short")
+        raise SavedLookError(f"{begin} is cut short")
     try:
         metadata, places = _read_header(bytes(data[8 : 8 + length]), names)
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise SavedLookError(f"{name} is not a {what}, or its header is damaged") from error
+        raise SavedLookError(f"{begin} its header is damaged") from error
     order = sorted(places.values(), key=lambda place: place[2])
     end = order[-1][3]
     if order[0][2] != 0 or any(first[3] != second[2] for first, second in pairwise(order)):
