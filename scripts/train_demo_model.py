@@ -92,7 +92,7 @@ _SMOKE = Plan(
 _PLAN = Plan()
 
 
-class Heads(nn.Module):
+class Heads(nn.Module):  # type: ignore[misc, unused-ignore]  # where torch is not installed
     """Throw-away heads that tell by angle what lies in a row: each class is the direction of its words' embeddings.
 
     So a row that holds a star lies near the word "star", and attention from a question's word to the rows that it is
