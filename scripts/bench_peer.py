@@ -259,7 +259,7 @@ def _make_buffers(model: Any) -> None:
 
 
 def make_inputs(
-    picture: NDArray[np.uint8], *, before: int = 14, after: int = 5, pixels: tuple[int, int] = (4096, 1_843_200)
+    picture: NDArray[np.uint8], *, before: int = 28, after: int = 5, pixels: tuple[int, int] = (4096, 1_843_200)
 ) -> dict[str, Any]:
     """A picture as the processor gives it, between tokens: as many as the embedding prompt has, unless told."""
     import torch

@@ -3,7 +3,6 @@
 import math
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import gguf
@@ -15,10 +14,8 @@ import lookonce
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "scripts"))
 
 import make_model
-from lookonce.native.text import TextModel
-from lookonce.synthetic.gguf_pair import write_text
 from lookonce.synthetic.pair import TEXT_TYPES, make_pair, make_weights
-from lookonce.synthetic.shape import FAMILIES, TextShape, find_shape, shape_names
+from lookonce.synthetic.shape import FAMILIES, find_shape, shape_names
 from lookonce.synthetic.vocabulary import build_vocabulary
 from lookonce.synthetic.weight import Weights
 from parity_picture import make_picture
@@ -131,30 +128,6 @@ def test_a_large_vocabulary_gives_special_tokens_their_official_ids(family: str)
     assert len(vocabulary.tokens) == len(set(vocabulary.tokens)) == 151_936
     official = {"<|endoftext|>": 151_643, "<|im_end|>": 151_645, "<|vision_start|>": 151_652, "<|image_pad|>": 151_655}
     assert {token: vocabulary.id_of(token) for token in official} == official
-
-
-def test_a_large_vocabulary_splits_the_embedding_prompt_as_the_official_one_does(tmp_path: Path) -> None:
-    small = TextShape(64, 1, 1, 1, 64, 32, (12, 10, 10), 1e6, 151_936, 4096, tied=True)
-    shape = replace(find_shape("qwen3vl", "tiny"), text=small)
-    weights, vocabulary = Weights(shape, seed=0), build_vocabulary("qwen3vl", 151_936)
-    path = tmp_path / "large.gguf"
-    write_text(path, shape, weights, vocabulary, type="F16", name="Large")
-    with TextModel(path) as model:
-
-        def pieces(text: str) -> list[str]:
-            return [model.piece(token, special=True).decode() for token in model.tokenize(text)]
-
-        # As Qwen's own qwen.tiktoken splits them.
-        system = ["<|im_start|>", "system", "\n", "Represent", " the", " user", "'s", " input", ".", "<|im_end|>", "\n"]
-        user = ["<|im_start|>", "user", "\n"]
-        answer = ["<|im_end|>", "\n", "<|im_start|>", "assistant", "\n"]
-        assert pieces("".join([*system, *user])) == [*system, *user]
-        assert pieces("".join(answer)) == answer
-        for sentence in (
-            ["What", " colour", " is", " the", " left", " circle"],
-            ["You", " are", " a", " helpful", " assistant"],
-        ):
-            assert pieces("".join(sentence)) == sentence
 
 
 @BOTH

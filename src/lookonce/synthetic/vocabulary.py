@@ -1,13 +1,11 @@
 """A byte-level BPE vocabulary in Qwen's form: 256 byte tokens, merges, special tokens, unused ids.
 
-Knows nothing of weights or files. Large vocabularies give the special tokens their official ids, and the words of the
-chat template and of the default instruction a token each: so prompts have as many tokens about the text as with a real
-model. A text of other words has two to three times as many as the official vocabulary gives it.
+Knows nothing of weights or files. Large vocabularies give the special tokens their official ids.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain, pairwise, product
+from itertools import product
 
 __all__ = ["Vocabulary", "build_vocabulary", "byte_alphabet"]
 
@@ -25,7 +23,6 @@ _WORDS = (
     "What what colour color red green blue yellow white black square circle triangle left right top bottom above below "
     "of this Compare with How many there how that one two three cat dog you it for to from between Picture ..."
 )
-_INSTRUCTION_WORDS = "Represent 's input"
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +72,7 @@ def build_vocabulary(family: str, size: int, merges: tuple[tuple[str, str], ...]
     specials = " ".join(added).split()
     n_regular = _FIRST_SPECIAL_ID if size > _FIRST_SPECIAL_ID else size - len(specials)
     alphabet = list(byte_alphabet().values())
-    if merges is None:
-        # Whole words take more merges than a small vocabulary has.
-        words = _whole_words() if n_regular == _FIRST_SPECIAL_ID else _beginnings()
-        merges = _merges(n_regular - len(alphabet), alphabet, words)
+    merges = _merges(n_regular - len(alphabet), alphabet) if merges is None else merges
     n_regular = len(alphabet) + len(merges) if n_regular != _FIRST_SPECIAL_ID else n_regular
     tokens = [*alphabet, *(first + second for first, second in merges), *specials]
     control = {n_regular + place for place, token in enumerate(specials) if token.startswith("<|")}
@@ -100,11 +94,11 @@ def _is_readable(token: str, byte_of: dict[str, int]) -> bool:
     return all(character.isprintable() or character == "\n" for character in text)
 
 
-def _merges(count: int, alphabet: list[str], words: Iterator[tuple[str, str]]) -> tuple[tuple[str, str], ...]:
+def _merges(count: int, alphabet: list[str]) -> tuple[tuple[str, str], ...]:
     """Give `count` merges that make distinct tokens: those of common words, then filler."""
     made: dict[str, tuple[str, str]] = {}
     known = set(alphabet)
-    for first, second in chain(words, _filler(alphabet)):
+    for first, second in _candidates(alphabet):
         if len(made) == count:
             break
         if first + second not in known:
@@ -113,40 +107,13 @@ def _merges(count: int, alphabet: list[str], words: Iterator[tuple[str, str]]) -
     return tuple(made.values())
 
 
-def _beginnings() -> Iterator[tuple[str, str]]:
-    """Every beginning of every common word, alone and after a blank; not all of them are reached."""
+def _candidates(alphabet: list[str]) -> Iterator[tuple[str, str]]:
+    shown = byte_alphabet()
     for word in _WORDS.split():
-        for pieces in (_spell(word), _spell(" " + word)):
+        for text in (word, " " + word):
+            pieces = [shown[byte] for byte in text.encode()]
             for end in range(1, len(pieces)):
                 yield "".join(pieces[:end]), pieces[end]
-
-
-def _whole_words() -> Iterator[tuple[str, str]]:
-    """What is left to merge of every word, alone and after a blank, when the merges before have done their part."""
-    ranks: dict[tuple[str, str], int] = {}
-    for word in f"{_WORDS} {_INSTRUCTION_WORDS}".split():
-        for pieces in (_spell(word), _spell(" " + word)):
-            _merge(pieces, ranks)
-            while len(pieces) > 1:
-                pair = pieces[0], pieces[1]
-                pieces[:2] = ["".join(pair)]
-                ranks[pair] = len(ranks)
-                yield pair
-
-
-def _merge(pieces: list[str], ranks: dict[tuple[str, str], int]) -> None:
-    """Merge a word's pieces as a tokenizer does: the pair of the earliest merge first."""
-    while known := [(ranks[pair], place) for place, pair in enumerate(pairwise(pieces)) if pair in ranks]:
-        _, place = min(known)
-        pieces[place : place + 2] = [pieces[place] + pieces[place + 1]]
-
-
-def _spell(text: str) -> list[str]:
-    shown = byte_alphabet()
-    return [shown[byte] for byte in text.encode()]
-
-
-def _filler(alphabet: list[str]) -> Iterator[tuple[str, str]]:
     yield from product(alphabet, alphabet)
     # By now every pair of bytes is a token, so that these merges are as reachable as real ones.
     for first, second, third in product(alphabet, repeat=3):
