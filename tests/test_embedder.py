@@ -739,6 +739,17 @@ def test_an_item_that_alone_gives_no_finite_vector_is_named_and_the_file_is_not_
         assert np.isfinite(embedder.embed_batch(["a cat", "a dog"])).all()
 
 
+def test_the_search_for_an_item_without_a_finite_vector_evaluates_no_copies(scarred: Path, cells: list[int]) -> None:
+    evaluated = []
+    with lookonce.load(scarred, n_ctx=256, **EXACT) as model:
+        for copies in (1, 20):
+            cells.clear()
+            with Embedder(model) as embedder, pytest.raises(NativeError, match=rf"^item {copies} cannot be embedded: "):
+                embedder.embed_batch(["a cat"] * copies + ["Z"] * copies)
+            evaluated.append(sum(cells))
+    assert evaluated[0] == evaluated[1]
+
+
 def test_a_row_without_a_finite_vector_is_told_by_its_line_and_passed_over(
     scarred: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

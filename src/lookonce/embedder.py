@@ -306,9 +306,11 @@ class Embedder:
                 if prompts:
                     vectors[list(prompts)] = cut(self._evaluate(list(prompts.values())), dimension)
             except NotFiniteError:
-                pairs = zip(places, origins, strict=True)
-                failed = [(wanted[place], prompts[origin]) for place, origin in pairs if origin in prompts]
-                self._blame(sorted(failed, key=lambda pair: pair[0].number or 0))
+                first: dict[int, int] = {}  # place of the first item of each prompt
+                for place, origin in sorted(zip(places, origins, strict=True)):
+                    if origin in prompts:
+                        first.setdefault(origin, place)
+                self._blame([(wanted[place], prompts[origin]) for origin, place in first.items()])
                 raise
             vectors[places] = vectors[origins]
             advance(len(places))
