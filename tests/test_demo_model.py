@@ -30,8 +30,8 @@ from score_demo_model import score_lookonce
 ROOT = Path(__file__).resolve().parent.parent
 DEMO = Path(lookonce.__file__).resolve().parent / "data" / "demo"
 LIMITS = {"min_pixels": PIXEL_RULE.min_pixels, "max_pixels": PIXEL_RULE.max_pixels}
-# A little below what docs/demo-model.md records of the files in the wheel. A tower or a prompt gone wrong halves them.
-RIGHT, RIGHT_IN_EACH_TASK = 0.92, 0.8
+# Of thirty scenes; docs/demo-model.md has the scores of five hundred. A tower or a prompt gone wrong halves them.
+RIGHT, RIGHT_IN_EACH_TASK = 0.92, 0.85
 GREEDY = {"temperature": 0.0, "max_tokens": 80}
 
 STAR = Thing("star", "red", "large", "top left")
@@ -354,6 +354,41 @@ def test_training_computes_what_transformers_computes_of_several_pictures_and_of
 
     assert picture_error(ONE, OTHER) < 1e-3
     assert branch_error(ONE) < 1e-3
+
+
+def test_training_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
+    for module in ("torch", "transformers", "tokenizers"):
+        pytest.importorskip(module)
+    import train_demo_model
+    from train_demo_model import Trainee, train_all, train_tower
+
+    plan = replace(train_demo_model._SMOKE, tower_steps=2, tower_batch=4, steps=3, scenes=2, pairs=1)
+    straight, stopped = Trainee(0, "cpu"), Trainee(0, "cpu")
+    words = straight.embeddings.detach().clone()
+    straight.start_stage(1)
+    train_tower(straight, plan, lambda told: None)
+    assert words.equal(straight.embeddings)  # rows come to lie near words, and not words near rows
+    straight.start_stage(2)
+    straight.save(tmp_path / "0")
+    train_all(straight, plan, lambda told: straight.save(tmp_path / str(straight.step)))
+    for step in (0, 1, 2):
+        stopped.load(tmp_path / str(step))
+        train_all(stopped, plan, lambda told: None)
+        assert all(np.array_equal(values, stopped.weights()[name]) for name, values in straight.weights().items())
+    assert not words.equal(straight.embeddings)
+
+
+def test_the_heads_of_training_tell_a_row_by_the_words_that_it_lies_near() -> None:
+    for module in ("torch", "transformers", "tokenizers"):
+        pytest.importorskip(module)
+    from demo_model.batch import KINDS
+    from train_demo_model import Trainee
+
+    trainee = Trainee(0, "cpu")
+    for index, words in enumerate(KINDS.values()):
+        for number, word in enumerate(words):
+            row = trainee.embeddings[trainee.maker.encode(f" {word}")].sum(0)
+            assert trainee.heads(row[None], trainee.embeddings)[index].argmax() == number + 1
 
 
 def test_the_smoke_run_of_the_training_writes_a_pair_that_loads(tmp_path: Path) -> None:
