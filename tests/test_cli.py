@@ -3,6 +3,7 @@ import dataclasses
 import json
 import os
 import pty
+import re
 import shutil
 import signal
 import struct
@@ -142,7 +143,7 @@ def test_the_streamed_answer_is_the_json_answer_and_a_newline(
     capsys: pytest.CaptureFixture[str], lone_text: Path, saved: Path
 ) -> None:
     ask = ("ask", "What?", "-i", saved, "--model", lone_text, *FAST)
-    assert run_here(capsys, *ask) == (0, json.loads(run_here(capsys, *ask, "--json")[1])["text"] + "\n", "")
+    assert run_here(capsys, *ask)[:2] == (0, json.loads(run_here(capsys, *ask, "--json")[1])["text"] + "\n")
 
 
 def test_a_dash_reads_the_prompt_from_stdin(lone_text: Path, saved: Path) -> None:
@@ -162,6 +163,18 @@ def test_sampling_options_reach_the_model(
     assert json.loads(run_here(capsys, *ask, "--json-schema", "schema.json")[1]) == {"a": 7}
     assert run_here(capsys, *ask, "--grammar", "grammar.gbnf")[1] == "yes\n"
     assert run_here(capsys, *ask, "--grammar", "grammar.gbnf", "--stop", "e")[1] == "y\n"
+
+
+def test_an_answer_that_is_cut_off_says_so_on_stderr_and_a_whole_one_says_nothing(
+    capsys: pytest.CaptureFixture[str], lone_text: Path, surroundings: Path
+) -> None:
+    Path("grammar.gbnf").write_text('root ::= "yes"')
+    ask = ("ask", "What?", "--model", lone_text, *FAST)
+    assert run_here(capsys, *ask, "--grammar", "grammar.gbnf", "--max-tokens", "40") == (0, "yes\n", "")
+    status, out, err = run_here(capsys, *ask, "--json-schema", '{"type": "string"}', "--max-tokens", "3")
+    assert (status, out[0]) == (0, '"')
+    assert err == "lookonce: warning: the answer is cut off after 3 tokens: --max-tokens gives it more\n"
+    assert run_here(capsys, *ask, "--max-tokens", "3", "--json")[2] == ""
 
 
 def test_looks_of_several_pictures_go_to_a_folder_under_their_names(
@@ -436,7 +449,11 @@ def test_what_the_store_cannot_keep_is_a_warning_each_and_the_answer_comes(
     status, out, err = run_here(
         capsys, "ask", "What?", "-i", photo, "--model", tiny_pair[0], "--store", "broken", *FAST
     )
-    assert (status, out.count("\n"), err.count("\n")) == (0, 1, 2)  # the look and the state
+    assert (status, out.count("\n"), err.count("\n")) == (
+        0,
+        1,
+        3,
+    )  # the look, the state, and that the answer is cut off
     assert all(line.startswith("lookonce: warning: ") for line in err.splitlines())
 
 
@@ -511,6 +528,13 @@ def test_the_doctor_finds_models_and_proves_that_a_picture_matters(
     assert Path(text["projector"]).name == tiny_pair[1].name
     assert report["store"]["writable"] is True
     assert report["native"]["threads"] >= 1
+
+
+def test_the_doctor_finds_the_model_in_the_package_sound(capsys: pytest.CaptureFixture[str]) -> None:
+    status, out, err = run_here(capsys, "doctor", "--model", "demo", "--threads", "1")
+    assert (status, err) == (0, "")
+    assert re.search(r"red circle on white +'a red circle at the center on a white background'\n", out)
+    assert re.search(r"yellow square on black +'a yellow square at the center on a black background'\n", out)
 
 
 def test_the_doctor_without_a_model_ends_with_status_0(capsys: pytest.CaptureFixture[str]) -> None:

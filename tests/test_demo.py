@@ -134,6 +134,16 @@ def test_the_json_has_the_answers_the_truth_and_the_captions(told: dict[str, Any
     assert told["picture"] == [480, 320]
 
 
+def test_the_right_caption_is_found_for_nearly_every_seed() -> None:
+    with lookonce.load("demo", threads=1, store=False) as model, lookonce.Embedder(model) as embedder:
+        found = []
+        for seed in range(40):
+            subject = draw_subject(seed)
+            scores = embedder.embed_batch(list(subject.captions)) @ embedder.embed_image(subject.picture)
+            found.append(subject.captions[scores.argmax()] == subject.caption)
+    assert sum(found) >= 38, found
+
+
 def test_every_seed_draws_a_scene_of_its_own_that_tells_its_own_answers() -> None:
     subjects = [draw_subject(seed) for seed in range(60)]
     assert len({subject.caption for subject in subjects}) == 60

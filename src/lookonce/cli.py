@@ -6,6 +6,7 @@ Imports no native library until a command needs one, so that `--help` answers at
 import contextlib
 import dataclasses
 import itertools
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -38,6 +39,8 @@ if TYPE_CHECKING:
     from lookonce.looker import RowType
 
 __all__ = ["app", "main"]
+
+logger = logging.getLogger(__name__)
 
 # Click's base of all usage errors, or typer's own copy of it: which one depends on typer's version.
 _UsageProblem: type[Exception] = typer.BadParameter.__mro__[2]
@@ -217,8 +220,11 @@ def ask(
                     write(piece)
         if json_:
             write_json(dataclasses.asdict(stream.reply))
-        else:
-            write("\n")
+            return
+        write("\n")
+        reply = stream.reply
+        if reply.finish_reason == "length":
+            logger.warning("the answer is cut off after %d tokens: --max-tokens gives it more", reply.usage.generated)
 
 
 def _read_prompt() -> str:

@@ -67,6 +67,8 @@ def demo(
     if save_picture is not None:
         _save(subject.picture, save_picture)
     model = load.model or DEMO_MODEL
+    if image is not None and model == DEMO_MODEL:
+        subject = dataclasses.replace(subject, told=f"{image}, of which this small model speaks as of drawn shapes")
     wanted = dataclasses.replace(load, model=model)
     result = run_demo(
         lambda store: wanted.load(store=store),

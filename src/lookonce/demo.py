@@ -144,8 +144,10 @@ def draw_subject(seed: int, prompts: Sequence[str] = ()) -> Subject:
     )
     captions = [caption(scene)]
     while len(captions) < _N_CAPTIONS:
-        if (other := caption(make_twin(rng, scene))) not in captions:
-            captions.append(other)
+        twin = make_twin(rng, scene)
+        # The model was taught words, but vectors in which a word outweighs the rest it has not.
+        if twin.word == scene.word and caption(twin) not in captions:
+            captions.append(caption(twin))
     rng.shuffle(captions)
     questions = tuple(map(Question, prompts)) or asked
     return Subject(draw(scene), f"drawn by seed {seed}, {caption(scene)}", questions, tuple(captions), caption(scene))

@@ -46,7 +46,7 @@ __all__ = [
 _LIBRARIES: Final = ("llama-cpp-python", "numpy", "pillow", "gguf", "safetensors", "torch")
 _MOST_FILES: Final = 200
 _ALIKE: Final = 0.99999  # a cosine above is rounding
-_QUESTION: Final = "Which shape is in the picture, which colour has it, and which colour is the background?"
+_QUESTION: Final = "Describe the picture."  # in words that the model in the package was taught, too
 
 
 @dataclass(frozen=True, slots=True)
