@@ -35,7 +35,7 @@ def test_a_file_finds_the_projector_beside_it_whatever_its_name(folder: Path) ->
     assert files.text.path == folder / "one.gguf"
     assert files.projector is not None
     assert files.projector.path == folder / "two.gguf"
-    assert not files.chosen
+    assert files.chosen is None
 
 
 def test_a_folder_stands_for_the_one_text_model_in_it(folder: Path) -> None:
@@ -49,7 +49,7 @@ def test_a_projector_that_was_named_is_taken_as_chosen(folder: Path, tiny_pair: 
     files = find_files(folder, folder / "three.gguf")
     assert files.projector is not None
     assert files.projector.path.name == "three.gguf"
-    assert files.chosen
+    assert files.chosen is files.projector
 
 
 def test_a_model_without_a_projector_is_enough_to_replay(folder: Path) -> None:
@@ -297,7 +297,8 @@ def test_a_projectors_folder_stands_for_the_one_in_it_that_fits(
     shutil.copy(tiny_pair_25[1], other / "q.gguf")
     files = find_files(folder / "one.gguf", other)
     assert files.projector is not None
-    assert (files.projector.path, files.chosen) == (other / "p.gguf", True)
+    assert files.projector.path == other / "p.gguf"
+    assert files.chosen is files.projector
     shutil.copy(tiny_pair[1], other / "r.gguf")
     with pytest.raises(ModelFileError, match=r"several projector files fit one.gguf \(p.gguf, r.gguf\): give the"):
         find_files(folder, other)
@@ -321,7 +322,7 @@ def test_a_cards_name_stands_for_its_files(card: ModelCard, folder: Path) -> Non
         assert files.text.path == folder / "one.gguf"
         assert files.projector is not None
         assert files.projector.path == folder / "two.gguf"
-        assert not files.chosen
+        assert files.chosen is None
 
 
 def test_the_cards_projector_is_taken_among_others_that_fit(card: ModelCard, folder: Path, tiny_pair: Pair) -> None:
@@ -331,7 +332,8 @@ def test_the_cards_projector_is_taken_among_others_that_fit(card: ModelCard, fol
     assert files.projector.path.name == "two.gguf"
     named = find_files("tiny", folder / "three.gguf")
     assert named.projector is not None
-    assert (named.projector.path.name, named.chosen, named.card) == ("three.gguf", True, card)
+    assert (named.projector.path.name, named.card) == ("three.gguf", card)
+    assert named.chosen is named.projector
 
 
 def test_a_cards_other_projector_on_this_disk_will_do(card: ModelCard, folder: Path) -> None:

@@ -18,7 +18,8 @@ from gguf import GGMLQuantizationType as Q
 import gguf_maker
 import lookonce
 from lookonce import gguf_file, retype
-from lookonce.errors import InputError, ModelFileError
+from lookonce.errors import InputError, MismatchError, ModelFileError
+from lookonce.fingerprint import hash_files
 from lookonce.model_files import find_files
 from lookonce.projector_choice import compare
 from lookonce.store import Store
@@ -306,6 +307,35 @@ def test_a_type_that_nobody_made_and_that_no_option_names_stops_pictures_alone(
     retype.retype(model / "mmproj.gguf", "BF16")
     with lookonce.load(named, **options) as loaded:
         assert loaded.look(picture).projector_name == "mmproj-BF16.gguf"
+
+
+def test_what_is_wrong_with_a_file_of_the_type_that_the_environment_asks_for_is_told_at_once(
+    model: Path, tiny_pair_25: Pair, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = shutil.copy(tiny_pair_25[1], tmp_path_factory.mktemp("25") / "mmproj.gguf")
+    data = retype.retype(other, "BF16").path.read_bytes()
+    origins = [hash_files([path]).encode() for path in (other, model / "mmproj.gguf")]
+    (model / "mmproj-BF16.gguf").write_bytes(data.replace(*origins))
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "BF16")
+    with pytest.raises(ModelFileError, match=r"mmproj-BF16\.gguf is a projector for qwen2.5vl, but .*text\.gguf is"):
+        find_files(model)
+
+
+def test_a_named_projector_that_is_not_of_that_type_still_refuses_looks_of_another(
+    model: Path, tmp_path_factory: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"threads": 1, "n_ctx": 256, "store": False}
+    other = make_pair(tmp_path_factory.mktemp("other"), seed=1)[1]
+    for name, projector in (("own", model / "mmproj.gguf"), ("other", other)):
+        with lookonce.load(model, mmproj=projector, **options) as loaded:
+            loaded.look(np.zeros((64, 64, 3), dtype=np.uint8)).save(model / f"{name}.safetensors")
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "BF16")
+    with lookonce.load(model, mmproj=model / "mmproj.gguf", **options) as loaded:
+        assert loaded.look(model / "own.safetensors").projector_name == "mmproj.gguf"
+        with pytest.raises(MismatchError, match=r"made with the projector .*, but the model has mmproj\.gguf"):
+            loaded.look(model / "other.safetensors")
+    with lookonce.load(model, **options) as loaded:  # one that nobody named takes both
+        assert loaded.look(model / "other.safetensors").projector_name == other.name
 
 
 def test_a_variable_that_names_no_type_is_refused_by_its_name_and_an_option_outranks_it(

@@ -66,13 +66,19 @@ def test_a_schema_that_is_no_json_is_refused(schema: Any) -> None:
 
 @pytest.mark.parametrize(
     ("name", "meant"),
-    [("temprature", "temperature"), ("top_pp", "top_p"), ("image", "images"), ("temp", "temperature"), ("n", None)],
+    [
+        ("temprature", "temperature"),
+        ("top_pp", "top_p"),
+        ("max_token", "max_tokens"),
+        ("image", "images"),
+        *((other, None) for other in ("system", "max_pixels", "min_pixels", "alias", "temp", "n")),
+    ],
 )
 def test_an_option_that_there_is_not_is_refused_with_the_nearest_and_the_list(name: str, meant: str | None) -> None:
     with pytest.raises(TypeError) as caught:
-        refuse_unknown({"top_k": 1, name: 0}, "images")
+        refuse_unknown({"top_k": 1, name: 0}, "images", "stream")
     perhaps = f", perhaps {meant} is meant" if meant else ""
-    known = ", ".join([*SamplingOptions.__annotations__, "images"])
+    known = ", ".join([*SamplingOptions.__annotations__, "images", "stream"])
     assert str(caught.value) == f"there is no option {name!r}{perhaps}: choose from {known}"
 
 

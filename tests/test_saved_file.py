@@ -133,13 +133,21 @@ def test_where_not_even_that_can_be_told_it_is_said_what_was_expected(
     assert told == "look.safetensors is not a saved look, or its header is damaged: give a picture or a saved look"
 
 
-def test_a_file_of_weights_is_refused_as_a_chat_without_reading_it(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("metadata", [{}, {"__metadata__": {"format": "pt"}}], ids=["bare", "as of an adapter"])
+def test_a_file_of_weights_is_refused_as_a_chat_without_reading_it(
+    model: Model, tmp_path: Path, metadata: dict[str, Any]
+) -> None:
     path = tmp_path / "model.safetensors"
-    header = json.dumps({"w": {"dtype": "F32", "shape": [1 << 20, 1 << 17], "data_offsets": [0, 1 << 39]}})
+    weights = {"w": {"dtype": "F32", "shape": [1 << 20, 1 << 17], "data_offsets": [0, 1 << 39]}}
+    header = json.dumps(metadata | weights)
     with path.open("wb") as file:
         file.write(len(header).to_bytes(8, "little") + header.encode())
         file.truncate(8 + len(header) + (1 << 39))
-    assert "is not a saved chat" in refusal(lambda path: Chat.load(model, path), path)
+    assert refusal(lambda path: Chat.load(model, path), path) == (
+        "model.safetensors is not a saved chat: give a file that chat.save wrote"
+        if metadata
+        else "model.safetensors is not a saved chat, or its header is damaged: give a file that chat.save wrote"
+    )
 
 
 def test_only_what_begins_as_this_library_writes_it_is_recognised(chat: Path, look: Path) -> None:

@@ -264,7 +264,7 @@ def test_the_trial_can_be_left_out(pair: Pair, started: list[str], monkeypatch: 
 
 def test_a_model_of_another_family_is_tried_too(tmp_path: Path) -> None:
     assert (
-        try_model(ModelFiles(gguf_file.read(maker.write_text(tmp_path / "a.gguf", "qwen3")), None, False), None) is None
+        try_model(ModelFiles(gguf_file.read(maker.write_text(tmp_path / "a.gguf", "qwen3")), None, None), None) is None
     )
 
 

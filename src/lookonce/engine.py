@@ -135,11 +135,15 @@ class Engine:
             reads_only = options.state == "read"
             self._states = PrefixStore(store, self._fingerprint, self.facts, self.batch_size, reads_only=reads_only)
         self._end = weakref.finalize(self, _free_all, self.lock, self.text, self._states, self._owned_store)
+        projector = Projector(files.projector, files.card, store) if files.projector else None
+        chosen = projector
+        if files.chosen is not files.projector:
+            chosen = Projector(files.chosen, files.card, store) if files.chosen else None
         self.looker: Final = Looker(
             self.text,
             files.text,
-            Projector(files.projector, files.card, store) if files.projector else None,
-            projector_chosen=files.chosen,
+            projector,
+            chosen=chosen,
             missing=files.missing,
             store=store,
             lock=self.lock,

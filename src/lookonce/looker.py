@@ -102,7 +102,7 @@ class Looker:
     """Looks at pictures for one text model.
 
     `lock` is the model's, held while the tower works. Without `projector` only saved looks can be used, and `missing`
-    says why.
+    says why. With `chosen` only its own saved looks can.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class Looker:
         text_gguf: GgufFile,
         projector: Projector | None,
         *,
-        projector_chosen: bool,
+        chosen: Projector | None,
         missing: str,
         store: Store | None,
         lock: ForkLock,
@@ -121,7 +121,7 @@ class Looker:
         self._text = text
         self._model_name = text_gguf.name
         self._projector = projector
-        self._projector_chosen = projector_chosen
+        self._chosen = chosen
         self._missing = missing
         self._store = store
         self._lock = lock
@@ -259,10 +259,10 @@ class Looker:
                 "look at the picture with this model"
             )
         # Any projector of the model gives rows that it can read; one that was named is taken at its word.
-        if self._projector_chosen and self._projector and look.projector != self._projector.fingerprint:
+        if self._chosen is not None and look.projector != self._chosen.fingerprint:
             raise MismatchError(
                 f"the look was made with the projector {look.projector_name} ({look.projector[:12]}), but the model "
-                f"has {self._projector.path.name} ({self._projector.fingerprint[:12]}): give the one it was made "
+                f"has {self._chosen.path.name} ({self._chosen.fingerprint[:12]}): give the one it was made "
                 "with, or look again"
             )
         return look

@@ -33,13 +33,14 @@ Fetch = Callable[[ModelCard, str | None], object]
 class ModelFiles:
     """The checked files of one model.
 
-    `chosen` says whether the caller named the projector; `missing`, where there is none, why. `card` is the model's
-    where it has one, and `verified` are those of the files whose content was just found to be what is published.
+    `chosen` is the projector if the caller named it, also where its type is not the one asked for and so none is used;
+    `missing`, where there is none, why. `card` is the model's where it has one, and `verified` are those of the files
+    whose content was just found to be what is published.
     """
 
     text: GgufFile
     projector: GgufFile | None
-    chosen: bool
+    chosen: GgufFile | None
     missing: str = ""
     card: ModelCard | None = None
     verified: tuple[Path, ...] = ()
@@ -268,7 +269,7 @@ def _on_disk(search: _CardSearch, mmproj: str | PathLike[str] | None) -> ModelFi
         return _paired(text, mmproj, search.mmproj_type, None)
     if projector.path not in search.verified:
         warn_of_names(text, projector)
-    return ModelFiles(text, projector, chosen=False)
+    return ModelFiles(text, projector, chosen=None)
 
 
 def _by_type(card: ModelCard, mmproj_type: str | None) -> list[str]:
@@ -317,16 +318,16 @@ def _in_type(files: ModelFiles, mmproj_type: str | None, store: Store | None) ->
     wanted = told or (files.card.mmproj_type if files.card else None)
     if wanted is None or files.projector is None:
         return files
-    try:
-        found = retype.in_type(files.projector, wanted, store)
-        gguf_check.check_pair(files.text, found)
-    except ModelFileError as error:
+    found = retype.in_type(files.projector, wanted, store)
+    if found is None:
+        reason = retype.none_made(files.projector, wanted)
         if mmproj_type:
-            raise
+            raise ModelFileError(reason)
         who, undo = (retype.TYPE_VARIABLE, "unset it") if told else ("the model's card", "take mmproj_type out of it")
-        missing = f"{who} asks for the projector in {wanted}, but {error}, or {undo}"
-        return replace(files, projector=None, chosen=False, missing=missing)
-    return files if found is files.projector else replace(files, projector=found, chosen=False)
+        missing = f"{who} asks for the projector in {wanted}, but {reason}, or {undo}"
+        return replace(files, projector=None, missing=missing)
+    gguf_check.check_pair(files.text, found)
+    return files if found is files.projector else replace(files, projector=found, chosen=None)
 
 
 def _paired(
@@ -349,16 +350,16 @@ def _paired(
         projector = gguf_file.read(path)
     gguf_check.check_projector(projector)
     gguf_check.check_pair(text, projector)
-    return ModelFiles(text, projector, chosen=True)
+    return ModelFiles(text, projector, chosen=projector)
 
 
 def _with_fitting_projector(text: GgufFile, beside: FolderFiles, mmproj_type: str | None) -> ModelFiles:
     projector, missing = fitting_projector(text, beside, mmproj_type)
     if projector is not None:
         warn_of_names(text, projector)
-        return ModelFiles(text, projector, chosen=False)
+        return ModelFiles(text, projector, chosen=None)
     missing += ", and looking at a picture needs one: give mmproj= or --mmproj, or use a saved look"
-    return ModelFiles(text, None, chosen=False, missing=missing)
+    return ModelFiles(text, None, chosen=None, missing=missing)
 
 
 def _place(what: str, given: str | PathLike[str]) -> Path:

@@ -36,6 +36,7 @@ __all__ = [
     "Retyped",
     "checked_type",
     "in_type",
+    "none_made",
     "origin",
     "projector_type",
     "read_original",
@@ -125,38 +126,42 @@ def read_original(path: str | Path) -> GgufFile:
     return gguf
 
 
-def in_type(projector: GgufFile, type: str, store: Store | None = None) -> GgufFile:
-    """The projector in the type asked for: the file itself, or one beside it that was retyped from it.
+def in_type(projector: GgufFile, type: str, store: Store | None = None) -> GgufFile | None:
+    """The projector in the type asked for: the file itself, or one beside it that was retyped from it; None without.
 
     type: one of `TYPES`, or `auto` for the retyped file if there is one (of several the newest), else the file itself.
     store: where the original's fingerprint may be noted.
 
-    Raises ModelFileError, with the command that makes it, where there is none of that type.
+    Raises ModelFileError where the original cannot be read.
     """
     wanted = checked_type(type, auto=True)
     if wanted == projector_type(projector) or (wanted == "auto" and origin(projector) is not None):
         return projector
-    found = [one for one in _retyped_beside(projector) if wanted in ("auto", projector_type(one))]
-    if found:
+    if found := _retyped_beside(projector, wanted):
         original = fingerprint_of(projector, store)
         current = [one for one in found if origin(one) == original]
         if current:
             return max(current, key=lambda one: one.path.stat().st_mtime_ns)
-    if wanted == "auto":
-        return projector
-    stale = f" ({found[0].path.name} was made from another file: delete it)" if found else ""
-    raise ModelFileError(
-        f"{projector.path} has no {wanted} file beside it{stale}: make one with "
+    return projector if wanted == "auto" else None
+
+
+def none_made(projector: GgufFile, type: str) -> str:
+    """Why `in_type` gives None, with the command that makes the file."""
+    wanted = checked_type(type)
+    stale = [f" ({one.path.name} was made from another file: delete it)" for one in _retyped_beside(projector, wanted)]
+    return (
+        f"{projector.path} has no {wanted} file beside it{''.join(stale[:1])}: make one with "
         f"`lookonce models retype {shlex.quote(str(projector.path))} --type {wanted}`"
     )
 
 
-def _retyped_beside(projector: GgufFile) -> list[GgufFile]:
+def _retyped_beside(projector: GgufFile, wanted: str) -> list[GgufFile]:
+    """The retyped files of that type, or of any for `auto`, whatever they were made from."""
     found = []
     for path in sorted(projector.path.parent.glob("*.gguf")):
         with suppress(ModelFileError):
             gguf = gguf_file.read(path)
-            if origin(gguf) is not None:
+            if origin(gguf) is not None and wanted in ("auto", projector_type(gguf)):
                 gguf_check.check_projector(gguf)
                 found.append(gguf)
     return found

@@ -32,7 +32,8 @@ def refuse_unknown(options: Mapping[str, Any], *others: str) -> None:
     known = [*SamplingOptions.__annotations__, *others]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            # Near enough for a slip of the pen alone: `system` is no misspelt `stream`.
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.78)
             perhaps = f", perhaps {near[0]} is meant" if near else ""
             raise TypeError(f"there is no option {name!r}{perhaps}: choose from {', '.join(known)}")
 

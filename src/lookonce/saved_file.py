@@ -74,6 +74,8 @@ def _check_header(data: bytes, tensors: Collection[str] | None, name: str, what:
     except SavedLookError as error:
         remedy = "save it again, or use another copy" if certain else _EXPECTED[what]
         raise SavedLookError(f"{error}: {remedy}") from error
+    if tensors is None and not certain:  # with no names to tell it by, any file of weights has come so far
+        raise SavedLookError(f"{name} is not a {what}: {_EXPECTED[what]}")
 
 
 def _check_regular(path: Path, status: os.stat_result, what: str) -> None:
