@@ -673,3 +673,14 @@ def test_projectors_that_do_not_fit_are_listed(folder: Path, tiny_pair_25: Pair)
     (folder / "two.gguf").unlink()
     shutil.copy(tiny_pair_25[1], folder / "other.gguf")
     assert find_files(folder).missing.startswith("no projector file fits one.gguf in its folder, not other.gguf, and")
+
+
+def test_the_model_in_the_package_has_its_own_type_whatever_the_environment_asks_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "BF16")
+    found = find_files("demo")
+    assert found.projector is not None
+    assert found.missing is None or "BF16" not in found.missing
+    with pytest.raises(ModelFileError, match="is part of the package, where nothing is written: copy both files"):
+        find_files("demo", mmproj_type="BF16")

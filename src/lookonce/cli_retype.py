@@ -61,11 +61,8 @@ def retype(
     if choice is not None and choice.type == choice.own:
         _print_kept(original.path, choice, json_)
         return
-    if Path(__file__).resolve().parent in original.path.resolve().parents:
-        raise InputError(
-            f"{original.path.name} is part of the package, where nothing is written: copy both files of the model to a "
-            "folder of your own, and retype it there"
-        )
+    if retype_.is_shipped(original):
+        raise InputError(retype_.copy_first(original))
     with bar(total=100, what="Writing") as advance:
         made = retype_.retype(original.path, wanted, advance=_Percent(advance))
     from lookonce.projector_choice import compare

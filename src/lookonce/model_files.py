@@ -313,10 +313,15 @@ def _in_type(files: ModelFiles, mmproj_type: str | None, store: Store | None) ->
     """The files with the projector in the type that is wanted.
 
     Where there is none of it the caller, who named the type, is told; otherwise only those are who bring a picture.
+    The environment's word is about models of one's own: beside the one in the package no file can be made.
     """
     told = wanted_type(mmproj_type)
+    if files.projector is None:
+        return files
+    if not mmproj_type and retype.is_shipped(files.projector):
+        told = None
     wanted = told or (files.card.mmproj_type if files.card else None)
-    if wanted is None or files.projector is None:
+    if wanted is None:
         return files
     found = retype.in_type(files.projector, wanted, store)
     if found is None:

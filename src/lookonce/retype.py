@@ -35,7 +35,9 @@ __all__ = [
     "TYPE_VARIABLE",
     "Retyped",
     "checked_type",
+    "copy_first",
     "in_type",
+    "is_shipped",
     "none_made",
     "origin",
     "projector_type",
@@ -83,6 +85,19 @@ def wanted_type(given: str | None) -> str | None:
         return checked_type(said, auto=True) if said else None
     except InputError as error:
         raise InputError(f"{TYPE_VARIABLE} is {said!r}: set it to {', '.join(TYPES)} or auto, or unset it") from error
+
+
+def is_shipped(gguf: GgufFile) -> bool:
+    """Whether a file is part of the package, where nothing is written."""
+    return Path(__file__).resolve().parent in gguf.path.resolve().parents
+
+
+def copy_first(gguf: GgufFile) -> str:
+    """What to do to have a file of the package in another type."""
+    return (
+        f"{gguf.path.name} is part of the package, where nothing is written: copy both files of the model to a folder "
+        "of your own, and retype it there"
+    )
 
 
 def origin(gguf: GgufFile) -> str | None:
@@ -146,8 +161,10 @@ def in_type(projector: GgufFile, type: str, store: Store | None = None) -> GgufF
 
 
 def none_made(projector: GgufFile, type: str) -> str:
-    """Why `in_type` gives None, with the command that makes the file."""
+    """Why `in_type` gives None, with what makes the file."""
     wanted = checked_type(type)
+    if is_shipped(projector):
+        return copy_first(projector)
     stale = [f" ({one.path.name} was made from another file: delete it)" for one in _retyped_beside(projector, wanted)]
     return (
         f"{projector.path} has no {wanted} file beside it{''.join(stale[:1])}: make one with "
