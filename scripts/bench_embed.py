@@ -26,7 +26,7 @@ from bench_page import read_page, shown_command, write_page
 from bench_peer import PEERS, REFERENCE, Job, Measured, make_pictures
 from lookonce import doctor
 from lookonce.engine import physical_cores
-from lookonce.errors import LookonceError
+from lookonce.errors import InputError, LookonceError
 from lookonce.prompt import TokenRun
 from lookonce.synthetic.pair import find_pair, make_pair
 
@@ -36,6 +36,7 @@ _SCRIPT = "bench_embed.py"
 _HEAD = ("case", "file", "peer", "items", "time", "rate", "ours is", "Python", "peak")
 _WIDTHS = (24, 8, 18, 6, 12, 13, 10, 10, 12)
 _WORDS = ("a", "the", "red", "green", "cat", "dog", "circle", "square", "picture", "of", "two", "left", "above", "What")
+_MOST_REPEATS = 1000  # drawn in a row, after which no other text is expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +100,26 @@ class Line:
 def make_texts(model: lookonce.Model, case: Case, count: int) -> tuple[list[str], list[list[int]]]:
     """Different texts of about the case's length in tokens, and the ids of their prompts.
 
-    Of equal texts Lookonce evaluates one: they would measure that, and not how fast it is.
+    Of equal texts Lookonce evaluates one: they would measure that, and not how fast it is. Raises InputError where there
+    are not so many.
     """
     draw = random.Random(0)
     texts: dict[str, None] = {}
     tokenize = model.engine.text.tokenize
+    repeats = 0
     while len(texts) < count:
         wanted = draw.randint(case.tokens // 2, case.tokens * 3 // 2) if case.tokens < 100 else case.tokens
         words = [draw.choice(_WORDS)]
         while len(tokenize(" ".join(words))) < wanted:
             words.append(draw.choice(_WORDS))
-        texts[" ".join(words)] = None
+        text = " ".join(words)
+        repeats = repeats + 1 if text in texts else 0
+        if repeats == _MOST_REPEATS:
+            raise InputError(
+                f"--count {count} is more than the texts of the case {case.name!r} that differ, of which {len(texts)} "
+                "were found: give a smaller one"
+            )
+        texts[text] = None
     prompts = lookonce.Embedder(model).prompts(list(texts))
     return list(texts), [
         [token for run in prompt.runs if isinstance(run, TokenRun) for token in run.tokens] for prompt in prompts
@@ -199,7 +209,7 @@ def bench(pairs: Mapping[str, tuple[Path, Path]], options: argparse.Namespace, p
             for line in found:
                 _print_row(line.cells)
             lines += found
-    return markdown(lines, facts, shown_command(_SCRIPT, options, options.given).rstrip())
+    return markdown(lines, facts, shown_command(_SCRIPT, options, options.given))
 
 
 def _print_row(cells: Sequence[str]) -> None:

@@ -30,6 +30,14 @@ def test_no_text_comes_twice_however_short_they_are(tiny_pair: Pair) -> None:
         assert again == texts
 
 
+def test_more_texts_than_there_are_different_ones_are_refused(tiny_pair: Pair) -> None:
+    one_word = Case("one word", 14, 4, tokens=1)
+    with lookonce.load(tiny_pair[0], threads=1, store=False) as model:
+        assert len(bench_embed.make_texts(model, one_word, 14)[0]) == 14
+        with pytest.raises(lookonce.InputError, match=r"^--count 15 is more than .* 'one word' .* 14 were found: give"):
+            bench_embed.make_texts(model, one_word, 15)
+
+
 def test_a_ratio_is_that_of_one_round_and_the_peak_is_the_most_of_all_rounds() -> None:
     ours = [Measured(1.0, 0.01, 3_000_000_000), Measured(2.0, 0.02, 1_000_000_000), Measured(4.0, 0.04, 2_000_000_000)]
     theirs = [replace(one, seconds=one.seconds * factor) for one, factor in zip(ours, (3, 4, 5), strict=True)]
