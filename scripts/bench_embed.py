@@ -13,7 +13,6 @@ import importlib.util
 import json
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,6 +23,7 @@ from pathlib import Path
 import lookonce
 from bench_page import read_page, shown_command, write_page
 from bench_peer import PEERS, REFERENCE, Job, Measured, make_pictures
+from bench_process import run_process
 from lookonce import doctor
 from lookonce.engine import physical_cores
 from lookonce.errors import InputError, LookonceError
@@ -100,8 +100,8 @@ class Line:
 def make_texts(model: lookonce.Model, case: Case, count: int) -> tuple[list[str], list[list[int]]]:
     """Different texts of about the case's length in tokens, and the ids of their prompts.
 
-    Of equal texts Lookonce evaluates one: they would measure that, and not how fast it is. Raises InputError where there
-    are not so many.
+    Of equal texts Lookonce evaluates one: they would measure that, and not how fast it is. Raises InputError where
+    there are not so many.
     """
     draw = random.Random(0)
     texts: dict[str, None] = {}
@@ -140,14 +140,11 @@ def describe_texts(model: lookonce.Model, job: Job) -> str:
 
 
 def run_peer(job: Job, folder: Path) -> Measured:
-    """Measure one peer in a process of its own."""
+    """Measure one peer in a process of its own. Raises LookonceError where that fails."""
     path = folder / "job.json"
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("bench_peer.py")), str(path)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise RuntimeError(f"{job.peer} ended with status {found.returncode}:\n{found.stderr[-2000:]}")
-    return Measured(**json.loads(found.stdout.splitlines()[-1]))
+    return Measured(**run_process(job.peer, command))
 
 
 def compare(case: Case, jobs: Mapping[str, Job], peers: Sequence[str], rounds: int, folder: Path) -> list[Line]:

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 
 import bench_ask_peer
 from bench_page import read_page, shown_command, write_page
+from bench_process import run_process
 from lookonce import bench, retype
 from lookonce.bench_worker import Job
 from lookonce.engine import DEFAULT_CONTEXT, LoadOptions, physical_cores
@@ -159,17 +159,14 @@ def _say(line: str) -> None:
 
 def _run_peer(job: bench_ask_peer.Job, transformers_python: Path) -> dict[str, Any]:
     python = str(transformers_python) if job.peer == "transformers" else sys.executable
+    command = [python, "-W", "ignore", str(_SCRIPTS / "bench_ask_peer.py")]
+    return run_process(job.peer, command, given=json.dumps(asdict(job)), environment=_environment(python))
+
+
+def _environment(python: str) -> dict[str, str]:
     # Another Python has its own libraries: only this project's are handed on.
     paths = sys.path if python == sys.executable else [str(_SCRIPTS.parent / "src"), str(_SCRIPTS)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [python, "-W", "ignore", str(_SCRIPTS / "bench_ask_peer.py")]
-    done = subprocess.run(
-        command, input=json.dumps(asdict(job)), capture_output=True, text=True, check=False, env=environment
-    )
-    if done.returncode:
-        raise RuntimeError(f"{job.peer} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def _measure_retyped(job: Job, rounds: int, folder: Path) -> dict[str, Any]:
@@ -198,11 +195,7 @@ def _measure_retyped(job: Job, rounds: int, folder: Path) -> dict[str, Any]:
 
 def _choose(original: Path, threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "lookonce", "models", "retype", str(original), "--threads", str(threads), "--json"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"models retype ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    told = json.loads(done.stdout)
+    told = run_process("models retype", command, environment=_environment(sys.executable))
     return {name: told[name] for name in ("type", "reason", "times_s")}
 
 
@@ -338,7 +331,21 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if "transformers" in options.peer and own_python and not importlib.util.find_spec("transformers"):
         _say("transformers is not installed: pip install 'lookonce[parity]', or give --transformers-python")
         options.peer.remove("transformers")
+    if "transformers" in options.peer:
+        _check_transformers(str(options.transformers_python))
     return options
+
+
+def _check_transformers(python: str) -> None:
+    """Refuse a Python in which the peer would fail, as it would do after all of the first round."""
+    command = [python, "-W", "ignore", "-c", "import bench_ask_peer, transformers, torch; print('{}')"]
+    try:
+        run_process("it", command, environment=_environment(python))
+    except LookonceError as error:
+        raise InputError(
+            f"--transformers-python {python!r} cannot run transformers ({error}): give a Python that has "
+            "lookonce[parity], or leave this peer out with --peer llama-cpp-python"
+        ) from error
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -1,10 +1,12 @@
 """The comparison of vectors with other tools: its texts, its figures, its page, and a run of what needs no torch."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -77,6 +79,26 @@ def test_a_run_on_a_tiny_model_writes_its_figures_to_the_projects_own_page(tiny_
     for peer, figures in (("lookonce", r" \| \S+% \| "), ("llama-cpp-python", r"\S+ x \|  \| ")):
         (peak,) = re.findall(rf"\| short \| given \| {peer} \| 5 \| .*{figures}(\S+) GB \|\n", results)
         assert 0.02 < float(peak) < 4
+
+
+def test_a_peer_that_fails_is_one_line_and_status_2(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / tiny_pair[0].name
+    shutil.copy(tiny_pair[0], gone)
+
+    def make_texts(*given: Any) -> Any:
+        made = real(*given)
+        gone.unlink()  # for the processes
+        return made
+
+    real = bench_embed.make_texts
+    monkeypatch.setattr(bench_embed, "make_texts", make_texts)
+    command = ["--model", str(gone), "--mmproj", str(tiny_pair[1]), "--case", "short", "--peer", "llama-cpp-python"]
+    status = bench_embed.main([*command, "--count", "2", "--rounds", "1", "--threads", "1"])
+    told = capsys.readouterr().err
+    assert (status, len(told.splitlines())) == (2, 1)
+    assert told.startswith("bench_embed: lookonce ended with status 1: lookonce.errors.ModelFileError: ")
 
 
 @pytest.mark.parametrize(

@@ -123,6 +123,43 @@ def test_a_run_that_breaks_off_leaves_the_last_results_on_the_page(tiny_pair: Pa
     assert page.read_text() == old
 
 
+def test_a_peer_that_fails_is_one_line_and_status_2(
+    tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "run_bench", lambda *_, **__: {"cold": [{"text_tokens": 32}]})
+    command = ["--model", str(tiny_pair[0]), "--mmproj", str(tiny_pair[1]), "--peer", "llama-cpp-python"]
+    # A context in which the picture has no room: the handler raises.
+    status = bench_peers.main([*command, "--rounds", "1", "--threads", "1", "--n-ctx", "16", "--no-retype"])
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, "")
+    told = said.err.splitlines()
+    assert told[0] == "round 1 of 1: Lookonce"
+    assert len(told) == 2
+    assert told[1].startswith("bench_peers: llama-cpp-python ended with status 1: ")
+
+
+@pytest.mark.parametrize(
+    ("python", "told"),
+    [
+        ("exit 3", "it ended with status 3: it said nothing"),
+        ("exit 0", "it ended without an answer: it said nothing"),
+        (f"exec '{sys.executable}' -S \"$@\"", "it ended with status 1: ModuleNotFoundError: No module named '"),
+    ],
+)
+def test_a_python_without_transformers_is_refused_before_anything_is_made(
+    python: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "python"
+    given.write_text(f"#!/bin/sh\n{python}\n")
+    given.chmod(0o755)
+    folder = tmp_path / "models"
+    status = bench_peers.main(["--transformers-python", str(given), "--folder", str(folder), "--shape", "tiny"])
+    said = capsys.readouterr()
+    assert (status, said.out, len(said.err.splitlines())) == (2, "", 1)
+    assert f"--transformers-python {str(given)!r} cannot run transformers ({told}" in said.err
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
