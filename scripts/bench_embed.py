@@ -11,6 +11,7 @@ a machine that is slow for a while slows all of them. transformers takes part wh
 import argparse
 import importlib.util
 import json
+import os
 import random
 import statistics
 import sys
@@ -28,6 +29,7 @@ from lookonce import doctor
 from lookonce.engine import physical_cores
 from lookonce.errors import InputError, LookonceError
 from lookonce.prompt import TokenRun
+from lookonce.retype import TYPE_VARIABLE
 from lookonce.synthetic.pair import find_pair, make_pair
 
 __all__ = ["CASES", "Case", "Line", "describe_texts", "make_texts", "markdown", "summarize"]
@@ -290,6 +292,7 @@ def _find_pair(options: argparse.Namespace, type: str) -> tuple[Path, Path]:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print the table."""
+    os.environ.pop(TYPE_VARIABLE, None)  # the very files that are named are measured, here and in the processes
     try:
         options = _parse(arguments)
         peers = ["lookonce", *(options.peer or list(PEERS)[1:])]

@@ -26,7 +26,7 @@ from typing import Any
 import bench_ask_peer
 from bench_page import read_page, shown_command, write_page
 from bench_process import run_process
-from lookonce import bench, retype
+from lookonce import bench, gguf_file, retype
 from lookonce.bench_worker import Job
 from lookonce.engine import DEFAULT_CONTEXT, LoadOptions, physical_cores
 from lookonce.errors import InputError, LookonceError
@@ -131,9 +131,9 @@ BARS = (
 def measure(options: argparse.Namespace, text: Path, projector: Path, folder: Path) -> Results:
     """Measure everything, Lookonce's ways and the peers in turns."""
     picture = options.image.absolute() if options.image else bench.save_picture(folder)
-    loading = {"mmproj": str(projector), "device": "cpu", "threads": options.threads, "n_ctx": options.n_ctx}
+    loading = {**_as_it_is(projector), "device": "cpu", "threads": options.threads, "n_ctx": options.n_ctx}
     job = Job("", str(text), str(picture), options.prompt, str(folder), loading, options.max_tokens)
-    files = find_files(text, projector)
+    files = find_files(text, projector, retyped=False)
     found: dict[str, list[dict[str, Any]]] = {}
     peers: dict[str, list[dict[str, Any]]] = {peer: [] for peer in options.peer}
     for turn in range(options.rounds):
@@ -151,6 +151,12 @@ def measure(options: argparse.Namespace, text: Path, projector: Path, folder: Pa
             _say(f"round {turn + 1} of {options.rounds}: {peer}")
     report = bench.Report(bench.describe(files, job, options.rounds), found)
     return Results(report, peers, {} if options.no_retype else _measure_retyped(job, options.rounds, folder))
+
+
+def _as_it_is(projector: Path) -> dict[str, Any]:
+    """The options of `lookonce.load` that take this very file, also where the model's card asks for another type."""
+    kind = retype.projector_type(gguf_file.read(projector))
+    return {"mmproj": str(projector), "mmproj_type": kind if kind in retype.TYPES else None}
 
 
 def _say(line: str) -> None:
@@ -180,7 +186,7 @@ def _measure_retyped(job: Job, rounds: int, folder: Path) -> dict[str, Any]:
     times: dict[Path, list[float]] = {original: [], made: []}
     for turn in range(rounds):
         for path in (original, made) if turn % 2 else (made, original):
-            one = dataclasses.replace(job, measure="look", options={**job.options, "mmproj": str(path)}, turn=turn)
+            one = dataclasses.replace(job, measure="look", options={**job.options, **_as_it_is(path)}, turn=turn)
             times[path].append(bench.run_worker("lookonce.bench_worker", asdict(one))["look_s"])
         _say(f"round {turn + 1} of {rounds}: the projector in F16 and BF16")
     pairs = zip(times[original], times[made], strict=True)

@@ -81,6 +81,19 @@ def test_a_run_on_a_tiny_model_writes_its_figures_to_the_projects_own_page(tiny_
         assert 0.02 < float(peak) < 4
 
 
+def test_the_named_projector_is_measured_whatever_type_the_environment_asks_for(
+    tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "BF16")  # of which there is none
+    command = ["--model", str(tiny_pair[0]), "--mmproj", str(tiny_pair[1]), "--case", "pictures of 56"]
+    status = bench_embed.main(
+        [*command, "--peer", "llama-cpp-python", "--count", "1", "--rounds", "1", "--threads", "1"]
+    )
+    said = capsys.readouterr()
+    assert (status, said.err) == (0, "")
+    assert re.search(r"^pictures of 56 +given +lookonce +1 ", said.out, re.MULTILINE)
+
+
 def test_a_peer_that_fails_is_one_line_and_status_2(
     tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

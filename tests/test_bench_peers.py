@@ -1,6 +1,7 @@
 """The comparison with other tools: its bars, its page, and a run of what needs no torch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import bench_peers
 from bench_page import END, begin
 from bench_peers import BARS, Results
 from lookonce import bench
+from lookonce.bench_worker import Job
+from lookonce.synthetic.pair import make_pair
 
 Pair = tuple[Path, Path]
 SCRIPT = Path(bench_peers.__file__)
@@ -94,7 +97,8 @@ def test_a_run_on_a_tiny_model_with_the_handler_of_llama_cpp_python(tiny_pair: P
     command = [sys.executable, str(SCRIPT), "--model", str(tiny_pair[0]), "--mmproj", str(tiny_pair[1])]
     command += ["--peer", "llama-cpp-python", "--rounds", "1", "--threads", "1", "--n-ctx", "512", "--max-tokens", "3"]
     command += ["--json", "--no-retype", f"--markdown={page}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "LOOKONCE_MMPROJ_TYPE": "BF16"}  # the named file is measured all the same
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode in (0, 1), done.stderr
     told = json.loads(done.stdout)
     (peer,) = told["peers"]["llama-cpp-python"]
@@ -109,6 +113,20 @@ def test_a_run_on_a_tiny_model_with_the_handler_of_llama_cpp_python(tiny_pair: P
     assert "| Lookonce, cold |" in shown
     assert str(tmp_path) not in shown
     assert str(tiny_pair[0].parent) not in shown
+
+
+def test_each_type_is_measured_with_its_own_file_whatever_the_environment_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, projector = make_pair(tmp_path / "pair", mmproj_type="F16")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    options = {"mmproj": str(projector), "device": "cpu", "threads": 1, "n_ctx": 512}
+    job = Job("", str(text), str(bench.save_picture(tmp_path)), "What?", str(folder), options, 2)
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "Q8_0")  # of which there is none
+    found = bench_peers._measure_retyped(job, 1, folder)
+    assert (len(found["f16_look_s"]), len(found["bf16_look_s"])) == (1, 1)
+    assert 0.99 < found["lowest_row_cosine"] < 1
 
 
 def test_a_run_that_breaks_off_leaves_the_last_results_on_the_page(tiny_pair: Pair, tmp_path: Path) -> None:

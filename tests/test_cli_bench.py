@@ -7,8 +7,8 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from lookonce import cli
-from lookonce.synthetic.pair import find_pair, needed_bytes
+from lookonce import cli, retype
+from lookonce.synthetic.pair import find_pair, make_pair, needed_bytes
 from lookonce.synthetic.shape import shape_names
 
 Pair = tuple[Path, Path]
@@ -60,6 +60,19 @@ def test_a_picture_a_question_and_a_store_of_ones_own(
     assert told["median"]["cold"]["image_rows"] == 6
     assert (told["prompt"], told["picture"]) == ("Who?", str(picture))
     assert list(store.iterdir()) == []
+
+
+def test_the_projector_of_the_type_that_is_asked_for_is_reported_and_handed_to_the_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text, original = make_pair(tmp_path, mmproj_type="F16")
+    made = retype.retype(original, "BF16").path
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "bf16")
+    status, out, err = run(capsys, "--model", text, "--mmproj", original, "--json", *FAST)
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert (told["model"]["projector"], told["model"]["projector_type"]) == (str(made), "BF16")
+    assert (told["options"]["mmproj"], told["options"]["mmproj_type"]) == (str(made), "BF16")
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def bench(
     from lookonce.bench_worker import Job
     from lookonce.look_plan import check_picture
     from lookonce.model_files import find_files
+    from lookonce.retype import wanted_type
 
     if load.no_store:
         raise InputError("--no-store was given, but a kept look and state are what is measured: leave it out")
@@ -68,6 +69,8 @@ def bench(
         check_picture(str(image))
     model, options = _model(load, synthetic)
     files = find_files(model, options["mmproj"], mmproj_type=options["mmproj_type"])
+    if files.projector is not None:  # what was found here is what the processes are to measure
+        options |= {"mmproj": str(files.projector.path.absolute()), "mmproj_type": wanted_type(options["mmproj_type"])}
     with _folder(load.store) as folder:
         job = Job(
             measure="",
