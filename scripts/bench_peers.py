@@ -28,13 +28,13 @@ from bench_page import read_page, shown_command, write_page
 from bench_process import run_process
 from lookonce import bench, gguf_file, retype
 from lookonce.bench_worker import Job
+from lookonce.cli_bench import SHAPES
 from lookonce.engine import DEFAULT_CONTEXT, LoadOptions, physical_cores
 from lookonce.errors import InputError, LookonceError
 from lookonce.look_plan import check_picture
 from lookonce.model_files import find_files
 from lookonce.projector_choice import compare
 from lookonce.synthetic.pair import find_pair, make_pair
-from lookonce.synthetic.shape import shape_names
 from script_options import Parser
 
 __all__ = ["BARS", "Bar", "Results", "markdown"]
@@ -130,10 +130,10 @@ BARS = (
 
 def measure(options: argparse.Namespace, text: Path, projector: Path, folder: Path) -> Results:
     """Measure everything, Lookonce's ways and the peers in turns."""
+    files = find_files(text, projector, retyped=False)
     picture = options.image.absolute() if options.image else bench.save_picture(folder)
     loading = {**_as_it_is(projector), "device": "cpu", "threads": options.threads, "n_ctx": options.n_ctx}
     job = Job("", str(text), str(picture), options.prompt, str(folder), loading, options.max_tokens)
-    files = find_files(text, projector, retyped=False)
     found: dict[str, list[dict[str, Any]]] = {}
     peers: dict[str, list[dict[str, Any]]] = {peer: [] for peer in options.peer}
     for turn in range(options.rounds):
@@ -358,8 +358,8 @@ def _check(options: argparse.Namespace) -> None:
     """Refuse now what would be refused after minutes of work."""
     if bool(options.model) != bool(options.mmproj):
         raise InputError("--model and --mmproj belong together: give both, or neither")
-    if options.shape not in shape_names("qwen3vl"):
-        raise InputError(f"there is no shape {options.shape!r}: choose one of {', '.join(shape_names('qwen3vl'))}")
+    if options.shape not in SHAPES:
+        raise InputError(f"there is no shape {options.shape!r}: choose one of {', '.join(SHAPES)}")
     LoadOptions(n_ctx=options.n_ctx, threads=options.threads)
     if shutil.which(options.transformers_python) is None:
         raise InputError(f"--transformers-python {str(options.transformers_python)!r} is no program: give a Python's")

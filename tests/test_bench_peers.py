@@ -188,6 +188,7 @@ def test_a_python_without_transformers_is_refused_before_anything_is_made(
         (("--threads", "0"), "--threads: '0' is no whole number of at least 1"),
         (("--threads", "100000"), "threads is 100000: "),
         (("--shape", "9b"), "there is no shape '9b': choose one of tiny, "),
+        (("--shape", "demo"), "there is no shape 'demo': choose one of tiny, 2b, 4b, 8b"),
         (("--peer", "ollama"), "--peer: invalid choice: 'ollama'"),
         (("--image", "none.png"), "none.png"),
         (("--transformers-python", "no-python"), "--transformers-python 'no-python' is no program: give a Python's"),

@@ -9,7 +9,6 @@ import pytest
 
 from lookonce import cli, retype
 from lookonce.synthetic.pair import find_pair, make_pair, needed_bytes
-from lookonce.synthetic.shape import shape_names
 
 Pair = tuple[Path, Path]
 FAST = ("--rounds", "1", "--max-tokens", "3", "--threads", "1", "--n-ctx", "512")
@@ -80,6 +79,7 @@ def test_the_projector_of_the_type_that_is_asked_for_is_reported_and_handed_to_t
     [
         ((), "no model was given: give --model NAME|FILE|FOLDER, set LOOKONCE_MODEL, or --synthetic 2b"),
         (("--synthetic", "3b"), "there is no shape '3b': choose one of tiny, "),
+        (("--synthetic", "demo"), "there is no shape 'demo': choose one of tiny, 2b, 4b, 8b"),
         (("--synthetic", "tiny", "--mmproj", "x.gguf"), "--synthetic and --mmproj were both given"),
         (("--synthetic", "tiny", "--model", "demo"), "--synthetic and --model were both given"),
         (("--model", "x.gguf", "--no-store"), "a kept look and state are what is measured"),
@@ -99,7 +99,7 @@ def test_bad_input_is_one_line_and_status_2(
 def test_the_shapes_that_the_help_names_are_those_that_the_refusal_names(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = run(capsys, "--synthetic", "3b")
     named = err.strip().rpartition("choose one of ")[2]
-    assert named == ", ".join(shape_names("qwen3vl"))
+    assert named == "tiny, 2b, 4b, 8b"
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert f"made at first use: {named}." in " ".join(out.replace("│", " ").split())
