@@ -11,9 +11,9 @@ a machine that is slow for a while slows all of them. transformers takes part wh
 import argparse
 import importlib.util
 import json
+import os
 import random
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -24,10 +24,12 @@ from pathlib import Path
 import lookonce
 from bench_page import read_page, shown_command, write_page
 from bench_peer import PEERS, REFERENCE, Job, Measured, make_pictures
+from bench_process import run_process
 from lookonce import doctor
 from lookonce.engine import physical_cores
-from lookonce.errors import LookonceError
+from lookonce.errors import InputError, LookonceError
 from lookonce.prompt import TokenRun
+from lookonce.retype import TYPE_VARIABLE
 from lookonce.synthetic.pair import find_pair, make_pair
 
 __all__ = ["CASES", "Case", "Line", "describe_texts", "make_texts", "markdown", "summarize"]
@@ -36,6 +38,7 @@ _SCRIPT = "bench_embed.py"
 _HEAD = ("case", "file", "peer", "items", "time", "rate", "ours is", "Python", "peak")
 _WIDTHS = (24, 8, 18, 6, 12, 13, 10, 10, 12)
 _WORDS = ("a", "the", "red", "green", "cat", "dog", "circle", "square", "picture", "of", "two", "left", "above", "What")
+_MOST_REPEATS = 1000  # drawn in a row, after which no other text is expected
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +102,26 @@ class Line:
 def make_texts(model: lookonce.Model, case: Case, count: int) -> tuple[list[str], list[list[int]]]:
     """Different texts of about the case's length in tokens, and the ids of their prompts.
 
-    Of equal texts Lookonce evaluates one: they would measure that, and not how fast it is.
+    Of equal texts Lookonce evaluates one: they would measure that, and not how fast it is. Raises InputError where
+    there are not so many.
     """
     draw = random.Random(0)
     texts: dict[str, None] = {}
     tokenize = model.engine.text.tokenize
+    repeats = 0
     while len(texts) < count:
         wanted = draw.randint(case.tokens // 2, case.tokens * 3 // 2) if case.tokens < 100 else case.tokens
         words = [draw.choice(_WORDS)]
         while len(tokenize(" ".join(words))) < wanted:
             words.append(draw.choice(_WORDS))
-        texts[" ".join(words)] = None
+        text = " ".join(words)
+        repeats = repeats + 1 if text in texts else 0
+        if repeats == _MOST_REPEATS:
+            raise InputError(
+                f"--count {count} is more than the texts of the case {case.name!r} that differ, of which {len(texts)} "
+                "were found: give a smaller one"
+            )
+        texts[text] = None
     prompts = lookonce.Embedder(model).prompts(list(texts))
     return list(texts), [
         [token for run in prompt.runs if isinstance(run, TokenRun) for token in run.tokens] for prompt in prompts
@@ -130,14 +142,11 @@ def describe_texts(model: lookonce.Model, job: Job) -> str:
 
 
 def run_peer(job: Job, folder: Path) -> Measured:
-    """Measure one peer in a process of its own."""
+    """Measure one peer in a process of its own. Raises LookonceError where that fails."""
     path = folder / "job.json"
     path.write_text(json.dumps(asdict(job)), encoding="utf-8")
     command = [sys.executable, "-W", "ignore", str(Path(__file__).with_name("bench_peer.py")), str(path)]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    if found.returncode:
-        raise RuntimeError(f"{job.peer} ended with status {found.returncode}:\n{found.stderr[-2000:]}")
-    return Measured(**json.loads(found.stdout.splitlines()[-1]))
+    return Measured(**run_process(job.peer, command))
 
 
 def compare(case: Case, jobs: Mapping[str, Job], peers: Sequence[str], rounds: int, folder: Path) -> list[Line]:
@@ -199,7 +208,7 @@ def bench(pairs: Mapping[str, tuple[Path, Path]], options: argparse.Namespace, p
             for line in found:
                 _print_row(line.cells)
             lines += found
-    return markdown(lines, facts, shown_command(_SCRIPT, options, options.given).rstrip())
+    return markdown(lines, facts, shown_command(_SCRIPT, options, options.given))
 
 
 def _print_row(cells: Sequence[str]) -> None:
@@ -283,6 +292,7 @@ def _find_pair(options: argparse.Namespace, type: str) -> tuple[Path, Path]:
 
 def main(arguments: Sequence[str]) -> int:
     """Measure and print the table."""
+    os.environ.pop(TYPE_VARIABLE, None)  # the very files that are named are measured, here and in the processes
     try:
         options = _parse(arguments)
         peers = ["lookonce", *(options.peer or list(PEERS)[1:])]

@@ -15,6 +15,7 @@ from lookonce.errors import InputError
 __all__ = ["END", "begin", "read_page", "shown_command", "write_page"]
 
 END: Final = "<!-- end of results -->"
+_ANY: Final = "<!-- results:"  # what every script's first mark begins with
 
 
 def begin(script: str) -> str:
@@ -32,9 +33,13 @@ def read_page(path: Path, script: str) -> tuple[str, str]:
         raise InputError(f"--markdown {str(path)!r} cannot be used ({reason}): give a page that is there") from error
     mark = begin(script)
     before, found, rest = page.partition(mark)
-    _, end, after = rest.partition(END)
+    old, end, after = rest.partition(END)
     if not found or not end:
         raise InputError(f"--markdown {str(path)!r} has not the lines {mark} and {END}: write them where results go")
+    if _ANY in old:  # that END is another block's, and what lies between would be lost
+        raise InputError(
+            f"--markdown {str(path)!r} has no line {END} between {mark} and the next {_ANY}: write it where they end"
+        )
     return f"{before}{found}", f"{end}{after}"
 
 
@@ -53,4 +58,4 @@ def shown_command(script: str, options: argparse.Namespace, arguments: Sequence[
         path = Path(value)
         return f"{option}{equals}{path.name if path.is_absolute() and path in paths else value}"
 
-    return f"python scripts/{script} {shlex.join(map(shown, arguments))}"
+    return f"python scripts/{script} {shlex.join(map(shown, arguments))}".rstrip()

@@ -16,7 +16,6 @@ import json
 import os
 import shutil
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,15 +25,16 @@ from typing import Any
 
 import bench_ask_peer
 from bench_page import read_page, shown_command, write_page
-from lookonce import bench, retype
+from bench_process import run_process
+from lookonce import bench, gguf_file, retype
 from lookonce.bench_worker import Job
+from lookonce.cli_bench import SHAPES
 from lookonce.engine import DEFAULT_CONTEXT, LoadOptions, physical_cores
 from lookonce.errors import InputError, LookonceError
 from lookonce.look_plan import check_picture
 from lookonce.model_files import find_files
 from lookonce.projector_choice import compare
 from lookonce.synthetic.pair import find_pair, make_pair
-from lookonce.synthetic.shape import shape_names
 from script_options import Parser
 
 __all__ = ["BARS", "Bar", "Results", "markdown"]
@@ -130,10 +130,10 @@ BARS = (
 
 def measure(options: argparse.Namespace, text: Path, projector: Path, folder: Path) -> Results:
     """Measure everything, Lookonce's ways and the peers in turns."""
+    files = find_files(text, projector, retyped=False)
     picture = options.image.absolute() if options.image else bench.save_picture(folder)
-    loading = {"mmproj": str(projector), "device": "cpu", "threads": options.threads, "n_ctx": options.n_ctx}
+    loading = {**_as_it_is(projector), "device": "cpu", "threads": options.threads, "n_ctx": options.n_ctx}
     job = Job("", str(text), str(picture), options.prompt, str(folder), loading, options.max_tokens)
-    files = find_files(text, projector)
     found: dict[str, list[dict[str, Any]]] = {}
     peers: dict[str, list[dict[str, Any]]] = {peer: [] for peer in options.peer}
     for turn in range(options.rounds):
@@ -153,23 +153,26 @@ def measure(options: argparse.Namespace, text: Path, projector: Path, folder: Pa
     return Results(report, peers, {} if options.no_retype else _measure_retyped(job, options.rounds, folder))
 
 
+def _as_it_is(projector: Path) -> dict[str, Any]:
+    """The options of `lookonce.load` that take this very file, also where the model's card asks for another type."""
+    kind = retype.projector_type(gguf_file.read(projector))
+    return {"mmproj": str(projector), "mmproj_type": kind if kind in retype.TYPES else None}
+
+
 def _say(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
 def _run_peer(job: bench_ask_peer.Job, transformers_python: Path) -> dict[str, Any]:
     python = str(transformers_python) if job.peer == "transformers" else sys.executable
+    command = [python, "-W", "ignore", str(_SCRIPTS / "bench_ask_peer.py")]
+    return run_process(job.peer, command, given=json.dumps(asdict(job)), environment=_environment(python))
+
+
+def _environment(python: str) -> dict[str, str]:
     # Another Python has its own libraries: only this project's are handed on.
     paths = sys.path if python == sys.executable else [str(_SCRIPTS.parent / "src"), str(_SCRIPTS)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
-    command = [python, "-W", "ignore", str(_SCRIPTS / "bench_ask_peer.py")]
-    done = subprocess.run(
-        command, input=json.dumps(asdict(job)), capture_output=True, text=True, check=False, env=environment
-    )
-    if done.returncode:
-        raise RuntimeError(f"{job.peer} ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    return {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in paths if path)}
 
 
 def _measure_retyped(job: Job, rounds: int, folder: Path) -> dict[str, Any]:
@@ -183,7 +186,7 @@ def _measure_retyped(job: Job, rounds: int, folder: Path) -> dict[str, Any]:
     times: dict[Path, list[float]] = {original: [], made: []}
     for turn in range(rounds):
         for path in (original, made) if turn % 2 else (made, original):
-            one = dataclasses.replace(job, measure="look", options={**job.options, "mmproj": str(path)}, turn=turn)
+            one = dataclasses.replace(job, measure="look", options={**job.options, **_as_it_is(path)}, turn=turn)
             times[path].append(bench.run_worker("lookonce.bench_worker", asdict(one))["look_s"])
         _say(f"round {turn + 1} of {rounds}: the projector in F16 and BF16")
     pairs = zip(times[original], times[made], strict=True)
@@ -198,11 +201,7 @@ def _measure_retyped(job: Job, rounds: int, folder: Path) -> dict[str, Any]:
 
 def _choose(original: Path, threads: int) -> dict[str, Any]:
     command = [sys.executable, "-m", "lookonce", "models", "retype", str(original), "--threads", str(threads), "--json"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
-    if done.returncode:
-        raise RuntimeError(f"models retype ended with status {done.returncode}:\n{done.stderr[-2000:]}")
-    told = json.loads(done.stdout)
+    told = run_process("models retype", command, environment=_environment(sys.executable))
     return {name: told[name] for name in ("type", "reason", "times_s")}
 
 
@@ -338,15 +337,29 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     if "transformers" in options.peer and own_python and not importlib.util.find_spec("transformers"):
         _say("transformers is not installed: pip install 'lookonce[parity]', or give --transformers-python")
         options.peer.remove("transformers")
+    if "transformers" in options.peer:
+        _check_transformers(str(options.transformers_python))
     return options
+
+
+def _check_transformers(python: str) -> None:
+    """Refuse a Python in which the peer would fail, as it would do after all of the first round."""
+    command = [python, "-W", "ignore", "-c", "import bench_ask_peer, transformers, torch; print('{}')"]
+    try:
+        run_process("it", command, environment=_environment(python))
+    except LookonceError as error:
+        raise InputError(
+            f"--transformers-python {python!r} cannot run transformers ({error}): give a Python that has "
+            "lookonce[parity], or leave this peer out with --peer llama-cpp-python"
+        ) from error
 
 
 def _check(options: argparse.Namespace) -> None:
     """Refuse now what would be refused after minutes of work."""
     if bool(options.model) != bool(options.mmproj):
         raise InputError("--model and --mmproj belong together: give both, or neither")
-    if options.shape not in shape_names("qwen3vl"):
-        raise InputError(f"there is no shape {options.shape!r}: choose one of {', '.join(shape_names('qwen3vl'))}")
+    if options.shape not in SHAPES:
+        raise InputError(f"there is no shape {options.shape!r}: choose one of {', '.join(SHAPES)}")
     LoadOptions(n_ctx=options.n_ctx, threads=options.threads)
     if shutil.which(options.transformers_python) is None:
         raise InputError(f"--transformers-python {str(options.transformers_python)!r} is no program: give a Python's")

@@ -1,5 +1,6 @@
 """The benchmark: each way is measured as what it says it is, and the report follows from the rounds."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -121,6 +122,34 @@ def test_what_fills_the_store_goes_first_and_the_others_change_places(
     rounds = [[measure for measure, turn in seen if turn == number] for number in range(3)]
     assert all(one[0] == "cold" and sorted(one) == sorted(MEASURES) for one in rounds)
     assert len({tuple(one) for one in rounds}) == 3
+
+
+def test_a_projector_that_is_named_is_measured_whatever_type_the_environment_asks_for(
+    job: Job, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "BF16")  # of which there is none
+    one = {**asdict(job), "measure": "look"}
+    assert run_worker("lookonce.bench_worker", one)["image_rows"] == 256
+    found_beside = {name: value for name, value in job.options.items() if name != "mmproj"}
+    with pytest.raises(InputError, match="LOOKONCE_MMPROJ_TYPE asks for the projector in BF16"):
+        run_worker("lookonce.bench_worker", {**one, "options": found_beside})
+
+
+@pytest.mark.parametrize(
+    ("system", "shown"),
+    [
+        ("Linux 6.18.44-fc-v657 x86_64", "Linux 6.18.44 x86_64"),
+        ("Linux 6.8.0-45-generic aarch64", "Linux 6.8.0 aarch64"),
+        ("Linux 5.15.fc39.mine+ x86_64", "Linux 5.15 x86_64"),
+        ("Linux built-by-me x86_64", "Linux x86_64"),
+        ("Windows 2022Server AMD64", "Windows 2022 AMD64"),
+        ("Darwin 24.1.0 arm64", "Darwin 24.1.0 arm64"),
+    ],
+)
+def test_of_the_system_its_name_number_and_architecture_are_shown(report: Report, system: str, shown: str) -> None:
+    machine = {**report.facts["machine"], "system": system}
+    told = list(bench.fact_lines({**report.facts, "machine": machine}))
+    assert told[1].endswith(f" memory, {shown}")
 
 
 def test_what_a_measuring_process_refuses_is_raised_here_and_its_death_too(job: Job) -> None:

@@ -1,10 +1,12 @@
 """The comparison of vectors with other tools: its texts, its figures, its page, and a run of what needs no torch."""
 
 import re
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -28,6 +30,14 @@ def test_no_text_comes_twice_however_short_they_are(tiny_pair: Pair) -> None:
         assert 9 < sum(len(model.engine.text.tokenize(text)) for text in texts) / 64 < 12
         again, _ = bench_embed.make_texts(model, CASES[0], 64)
         assert again == texts
+
+
+def test_more_texts_than_there_are_different_ones_are_refused(tiny_pair: Pair) -> None:
+    one_word = Case("one word", 14, 4, tokens=1)
+    with lookonce.load(tiny_pair[0], threads=1, store=False) as model:
+        assert len(bench_embed.make_texts(model, one_word, 14)[0]) == 14
+        with pytest.raises(lookonce.InputError, match=r"^--count 15 is more than .* 'one word' .* 14 were found: give"):
+            bench_embed.make_texts(model, one_word, 15)
 
 
 def test_a_ratio_is_that_of_one_round_and_the_peak_is_the_most_of_all_rounds() -> None:
@@ -69,6 +79,39 @@ def test_a_run_on_a_tiny_model_writes_its_figures_to_the_projects_own_page(tiny_
     for peer, figures in (("lookonce", r" \| \S+% \| "), ("llama-cpp-python", r"\S+ x \|  \| ")):
         (peak,) = re.findall(rf"\| short \| given \| {peer} \| 5 \| .*{figures}(\S+) GB \|\n", results)
         assert 0.02 < float(peak) < 4
+
+
+def test_the_named_projector_is_measured_whatever_type_the_environment_asks_for(
+    tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "BF16")  # of which there is none
+    command = ["--model", str(tiny_pair[0]), "--mmproj", str(tiny_pair[1]), "--case", "pictures of 56"]
+    status = bench_embed.main(
+        [*command, "--peer", "llama-cpp-python", "--count", "1", "--rounds", "1", "--threads", "1"]
+    )
+    said = capsys.readouterr()
+    assert (status, said.err) == (0, "")
+    assert re.search(r"^pictures of 56 +given +lookonce +1 ", said.out, re.MULTILINE)
+
+
+def test_a_peer_that_fails_is_one_line_and_status_2(
+    tiny_pair: Pair, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    gone = tmp_path / tiny_pair[0].name
+    shutil.copy(tiny_pair[0], gone)
+
+    def make_texts(*given: Any) -> Any:
+        made = real(*given)
+        gone.unlink()  # for the processes
+        return made
+
+    real = bench_embed.make_texts
+    monkeypatch.setattr(bench_embed, "make_texts", make_texts)
+    command = ["--model", str(gone), "--mmproj", str(tiny_pair[1]), "--case", "short", "--peer", "llama-cpp-python"]
+    status = bench_embed.main([*command, "--count", "2", "--rounds", "1", "--threads", "1"])
+    told = capsys.readouterr().err
+    assert (status, len(told.splitlines())) == (2, 1)
+    assert told.startswith("bench_embed: lookonce ended with status 1: lookonce.errors.ModelFileError: ")
 
 
 @pytest.mark.parametrize(

@@ -39,6 +39,23 @@ def test_a_page_without_both_marks_is_refused_and_stays(tmp_path: Path, page: st
     assert path.read_text() == page
 
 
+@pytest.mark.parametrize("script", [SCRIPT, "bench_embed.py"])
+def test_a_block_that_lost_its_end_does_not_take_the_next_ones(tmp_path: Path, script: str) -> None:
+    path = tmp_path / "page.md"
+    blocks = [f"{begin(one)}\n\nold\n" for one in (SCRIPT, "bench_embed.py")]
+    page = f"{blocks[0]}\n## A section\n\n{blocks[1]}\n{END}\n"
+    path.write_text(page)
+    if script == SCRIPT:
+        with pytest.raises(
+            InputError, match=rf"page\.md' has no line {END} between {BEGIN} and the next <!-- results:"
+        ):
+            write_page(path, script, "new")
+        assert path.read_text() == page
+    else:
+        write_page(path, script, "new")
+        assert path.read_text().startswith(f"{blocks[0]}\n## A section\n\n{begin(script)}\n\nnew\n")
+
+
 def test_a_write_that_fails_leaves_the_old_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = tmp_path / "page.md"
     old = f"{BEGIN}\n\nyesterday\n\n{END}\n"
@@ -71,6 +88,7 @@ def test_the_command_line_is_shown_without_this_machines_paths() -> None:
         "python scripts/bench_peers.py --model text.gguf '--image=a b.png' --prompt '/data/m/other?' --rounds 5 "
         "--markdown docs/b.md"
     )
+    assert shown_command(SCRIPT, options, []) == "python scripts/bench_peers.py"
 
 
 @pytest.mark.parametrize("script", [SCRIPT, "bench_embed.py"])

@@ -1,6 +1,7 @@
 """The comparison with other tools: its bars, its page, and a run of what needs no torch."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ import bench_peers
 from bench_page import END, begin
 from bench_peers import BARS, Results
 from lookonce import bench
+from lookonce.bench_worker import Job
+from lookonce.synthetic.pair import make_pair
 
 Pair = tuple[Path, Path]
 SCRIPT = Path(bench_peers.__file__)
@@ -94,7 +97,8 @@ def test_a_run_on_a_tiny_model_with_the_handler_of_llama_cpp_python(tiny_pair: P
     command = [sys.executable, str(SCRIPT), "--model", str(tiny_pair[0]), "--mmproj", str(tiny_pair[1])]
     command += ["--peer", "llama-cpp-python", "--rounds", "1", "--threads", "1", "--n-ctx", "512", "--max-tokens", "3"]
     command += ["--json", "--no-retype", f"--markdown={page}"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    environment = {**os.environ, "LOOKONCE_MMPROJ_TYPE": "BF16"}  # the named file is measured all the same
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     assert done.returncode in (0, 1), done.stderr
     told = json.loads(done.stdout)
     (peer,) = told["peers"]["llama-cpp-python"]
@@ -111,6 +115,20 @@ def test_a_run_on_a_tiny_model_with_the_handler_of_llama_cpp_python(tiny_pair: P
     assert str(tiny_pair[0].parent) not in shown
 
 
+def test_each_type_is_measured_with_its_own_file_whatever_the_environment_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text, projector = make_pair(tmp_path / "pair", mmproj_type="F16")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    options = {"mmproj": str(projector), "device": "cpu", "threads": 1, "n_ctx": 512}
+    job = Job("", str(text), str(bench.save_picture(tmp_path)), "What?", str(folder), options, 2)
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "Q8_0")  # of which there is none
+    found = bench_peers._measure_retyped(job, 1, folder)
+    assert (len(found["f16_look_s"]), len(found["bf16_look_s"])) == (1, 1)
+    assert 0.99 < found["lowest_row_cosine"] < 1
+
+
 def test_a_run_that_breaks_off_leaves_the_last_results_on_the_page(tiny_pair: Pair, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     old = f"{begin('bench_peers.py')}\n\nyesterday\n\n{END}\n"
@@ -123,6 +141,43 @@ def test_a_run_that_breaks_off_leaves_the_last_results_on_the_page(tiny_pair: Pa
     assert page.read_text() == old
 
 
+def test_a_peer_that_fails_is_one_line_and_status_2(
+    tiny_pair: Pair, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(bench, "run_bench", lambda *_, **__: {"cold": [{"text_tokens": 32}]})
+    command = ["--model", str(tiny_pair[0]), "--mmproj", str(tiny_pair[1]), "--peer", "llama-cpp-python"]
+    # A context in which the picture has no room: the handler raises.
+    status = bench_peers.main([*command, "--rounds", "1", "--threads", "1", "--n-ctx", "16", "--no-retype"])
+    said = capsys.readouterr()
+    assert (status, said.out) == (2, "")
+    told = said.err.splitlines()
+    assert told[0] == "round 1 of 1: Lookonce"
+    assert len(told) == 2
+    assert told[1].startswith("bench_peers: llama-cpp-python ended with status 1: ")
+
+
+@pytest.mark.parametrize(
+    ("python", "told"),
+    [
+        ("exit 3", "it ended with status 3: it said nothing"),
+        ("exit 0", "it ended without an answer: it said nothing"),
+        (f"exec '{sys.executable}' -S \"$@\"", "it ended with status 1: ModuleNotFoundError: No module named '"),
+    ],
+)
+def test_a_python_without_transformers_is_refused_before_anything_is_made(
+    python: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = tmp_path / "python"
+    given.write_text(f"#!/bin/sh\n{python}\n")
+    given.chmod(0o755)
+    folder = tmp_path / "models"
+    status = bench_peers.main(["--transformers-python", str(given), "--folder", str(folder), "--shape", "tiny"])
+    said = capsys.readouterr()
+    assert (status, said.out, len(said.err.splitlines())) == (2, "", 1)
+    assert f"--transformers-python {str(given)!r} cannot run transformers ({told}" in said.err
+    assert not folder.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
@@ -133,6 +188,7 @@ def test_a_run_that_breaks_off_leaves_the_last_results_on_the_page(tiny_pair: Pa
         (("--threads", "0"), "--threads: '0' is no whole number of at least 1"),
         (("--threads", "100000"), "threads is 100000: "),
         (("--shape", "9b"), "there is no shape '9b': choose one of tiny, "),
+        (("--shape", "demo"), "there is no shape 'demo': choose one of tiny, 2b, 4b, 8b"),
         (("--peer", "ollama"), "--peer: invalid choice: 'ollama'"),
         (("--image", "none.png"), "none.png"),
         (("--transformers-python", "no-python"), "--transformers-python 'no-python' is no program: give a Python's"),

@@ -7,9 +7,8 @@ from pathlib import Path
 import platformdirs
 import pytest
 
-from lookonce import cli
-from lookonce.synthetic.pair import find_pair, needed_bytes
-from lookonce.synthetic.shape import shape_names
+from lookonce import cli, retype
+from lookonce.synthetic.pair import find_pair, make_pair, needed_bytes
 
 Pair = tuple[Path, Path]
 FAST = ("--rounds", "1", "--max-tokens", "3", "--threads", "1", "--n-ctx", "512")
@@ -62,11 +61,25 @@ def test_a_picture_a_question_and_a_store_of_ones_own(
     assert list(store.iterdir()) == []
 
 
+def test_the_projector_of_the_type_that_is_asked_for_is_reported_and_handed_to_the_processes(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    text, original = make_pair(tmp_path, mmproj_type="F16")
+    made = retype.retype(original, "BF16").path
+    monkeypatch.setenv("LOOKONCE_MMPROJ_TYPE", "bf16")
+    status, out, err = run(capsys, "--model", text, "--mmproj", original, "--json", *FAST)
+    assert (status, err) == (0, "")
+    told = json.loads(out)
+    assert (told["model"]["projector"], told["model"]["projector_type"]) == (str(made), "BF16")
+    assert (told["options"]["mmproj"], told["options"]["mmproj_type"]) == (str(made), "BF16")
+
+
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
         ((), "no model was given: give --model NAME|FILE|FOLDER, set LOOKONCE_MODEL, or --synthetic 2b"),
         (("--synthetic", "3b"), "there is no shape '3b': choose one of tiny, "),
+        (("--synthetic", "demo"), "there is no shape 'demo': choose one of tiny, 2b, 4b, 8b"),
         (("--synthetic", "tiny", "--mmproj", "x.gguf"), "--synthetic and --mmproj were both given"),
         (("--synthetic", "tiny", "--model", "demo"), "--synthetic and --model were both given"),
         (("--model", "x.gguf", "--no-store"), "a kept look and state are what is measured"),
@@ -86,7 +99,7 @@ def test_bad_input_is_one_line_and_status_2(
 def test_the_shapes_that_the_help_names_are_those_that_the_refusal_names(capsys: pytest.CaptureFixture[str]) -> None:
     _, _, err = run(capsys, "--synthetic", "3b")
     named = err.strip().rpartition("choose one of ")[2]
-    assert named == ", ".join(shape_names("qwen3vl"))
+    assert named == "tiny, 2b, 4b, 8b"
     status, out, _ = run(capsys, "--help")
     assert status == 0
     assert f"made at first use: {named}." in " ".join(out.replace("│", " ").split())

@@ -7,6 +7,7 @@ so that a machine that is slow for a while slows all of them. Knows nothing of w
 import dataclasses
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -43,6 +44,9 @@ _WAYS: Final = {
     "state": "saved state restored",
     "text": "plain text, prefix in the cache",
 }
+# Whoever built the kernel, and for what, is nobody's business: system, number and architecture are shown.
+_SYSTEM: Final = re.compile(r"^(\S+)( \d+(?:\.\d+)*)?.* (\S+)$")
+_SHOWN_SYSTEM: Final = r"\1\2 \3"
 _SIDE: Final = 512  # pixels of the drawn picture: 256 rows of a Qwen3-VL
 
 
@@ -185,10 +189,13 @@ def run_bench(
 def run_worker(module: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """Run a module in a process of its own with a job on its stdin, and give the JSON of its last line.
 
-    Raises InputError or LookonceError for what it says went wrong, NativeError where it dies.
+    A projector that the job's options name is taken as it is, whatever LOOKONCE_MMPROJ_TYPE says. Raises InputError or
+    LookonceError for what the process says went wrong, NativeError where it dies.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment.pop("LOOKONCE_STORE_LIMIT", None)  # what is measured has to be kept
+    if job.get("options", {}).get("mmproj"):  # the very file that is to be measured
+        environment.pop(retype.TYPE_VARIABLE, None)
     command = [sys.executable, "-W", "ignore", "-m", module]
     done = subprocess.run(  # noqa: S603  this program itself
         command, input=json.dumps(job, default=str), capture_output=True, text=True, env=environment, check=False
@@ -231,7 +238,7 @@ def fact_lines(facts: Mapping[str, Any]) -> Iterator[str]:
     """Where and with what was measured."""
     machine, model, versions = facts["machine"], facts["model"], facts["versions"]
     yield f"{machine['cpu']}, {machine['logical_cores']} logical cores, {machine['threads']} threads used"
-    yield f"{format_size(machine['memory_bytes'])} memory, {machine['system']}"
+    yield f"{format_size(machine['memory_bytes'])} memory, {_SYSTEM.sub(_SHOWN_SYSTEM, machine['system'])}"
     yield f"features used: {' '.join(machine['features'])}"
     yield ", ".join(f"{name} {version}" for name, version in versions.items())
     yield f"text model  {Path(model['text']).name}, {format_size(model['text_bytes'])}"

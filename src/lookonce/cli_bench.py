@@ -17,7 +17,7 @@ from lookonce.terminal import FAILURE, bar, status, write, write_json
 if TYPE_CHECKING:
     from lookonce.bench import Report
 
-__all__ = ["BENCH_EPILOG", "bench"]
+__all__ = ["BENCH_EPILOG", "SHAPES", "bench"]
 
 BENCH_EPILOG = f"""[dim]lookonce bench --model qwen3-vl-2b-instruct -i photo.jpg
 
@@ -25,7 +25,7 @@ lookonce bench --synthetic 2b --json > bench.json[/dim]
 
 {MODEL_HINT}"""
 
-_SHAPES: Final = shape_names("qwen3vl")
+SHAPES: Final = tuple(name for name in shape_names("qwen3vl") if name != "demo")  # that one is in the box, trained
 
 
 @gather
@@ -41,7 +41,7 @@ def bench(
         str | None,
         typer.Option(
             metavar="SHAPE",
-            help=f"In place of a model: one of random weights, made at first use: {', '.join(_SHAPES)}.",
+            help=f"In place of a model: one of random weights, made at first use: {', '.join(SHAPES)}.",
         ),
     ] = None,
     rounds: Annotated[int, typer.Option(metavar="N", min=1, help="Turns that each takes.", show_default=True)] = 5,
@@ -61,6 +61,7 @@ def bench(
     from lookonce.bench_worker import Job
     from lookonce.look_plan import check_picture
     from lookonce.model_files import find_files
+    from lookonce.retype import wanted_type
 
     if load.no_store:
         raise InputError("--no-store was given, but a kept look and state are what is measured: leave it out")
@@ -68,6 +69,8 @@ def bench(
         check_picture(str(image))
     model, options = _model(load, synthetic)
     files = find_files(model, options["mmproj"], mmproj_type=options["mmproj_type"])
+    if files.projector is not None:  # what was found here is what the processes are to measure
+        options |= {"mmproj": str(files.projector.path.absolute()), "mmproj_type": wanted_type(options["mmproj_type"])}
     with _folder(load.store) as folder:
         job = Job(
             measure="",
@@ -118,8 +121,8 @@ def _synthetic(shape: str) -> tuple[Path, Path]:
 
     from lookonce.synthetic.pair import find_pair, make_pair, needed_bytes
 
-    if shape not in _SHAPES:
-        raise InputError(f"there is no shape {shape!r}: choose one of {', '.join(_SHAPES)}")
+    if shape not in SHAPES:
+        raise InputError(f"there is no shape {shape!r}: choose one of {', '.join(SHAPES)}")
     folder = platformdirs.user_cache_path("lookonce") / "synthetic"
     if (found := find_pair(folder, shape=shape, type="Q4_K_M", mmproj_type="F16")) is not None:
         return found
