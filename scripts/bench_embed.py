@@ -24,8 +24,8 @@ from pathlib import Path
 import lookonce
 from bench_page import read_page, shown_command, write_page
 from bench_peer import PEERS, REFERENCE, Job, Measured, make_pictures
-from bench_process import run_process
 from lookonce import doctor
+from lookonce.bench_process import run_process
 from lookonce.engine import physical_cores
 from lookonce.errors import InputError, LookonceError
 from lookonce.prompt import TokenRun

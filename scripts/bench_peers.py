@@ -25,8 +25,8 @@ from typing import Any
 
 import bench_ask_peer
 from bench_page import read_page, shown_command, write_page
-from bench_process import run_process
 from lookonce import bench, gguf_file, retype
+from lookonce.bench_process import run_process
 from lookonce.bench_worker import Job
 from lookonce.cli_bench import SHAPES
 from lookonce.engine import DEFAULT_CONTEXT, LoadOptions, physical_cores

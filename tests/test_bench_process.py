@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from bench_process import run_process
+from lookonce.bench_process import run_process
 from lookonce.errors import LookonceError
 
 

@@ -9,7 +9,6 @@ import json
 import os
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from lookonce import doctor, retype
+from lookonce.bench_process import run_process
 from lookonce.bench_worker import Job
 from lookonce.byte_size import format_size
 from lookonce.drawing import draw_scene
@@ -190,20 +190,14 @@ def run_worker(module: str, job: Mapping[str, Any]) -> dict[str, Any]:
     """Run a module in a process of its own with a job on its stdin, and give the JSON of its last line.
 
     A projector that the job's options name is taken as it is, whatever LOOKONCE_MMPROJ_TYPE says. Raises InputError or
-    LookonceError for what the process says went wrong, NativeError where it dies.
+    LookonceError for what the process says went wrong, NativeError where it dies or says nothing.
     """
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     environment.pop("LOOKONCE_STORE_LIMIT", None)  # what is measured has to be kept
     if job.get("options", {}).get("mmproj"):  # the very file that is to be measured
         environment.pop(retype.TYPE_VARIABLE, None)
     command = [sys.executable, "-W", "ignore", "-m", module]
-    done = subprocess.run(  # noqa: S603  this program itself
-        command, input=json.dumps(job, default=str), capture_output=True, text=True, env=environment, check=False
-    )
-    if done.returncode:
-        last = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
-        raise NativeError(f"the measuring process ended with status {done.returncode}: {last[0]}")
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    answer = run_process("the measuring process", command, given=json.dumps(job, default=str), environment=environment)
     if "error" in answer:
         raise (InputError if answer["bad_input"] else LookonceError)(answer["error"])
     return answer
