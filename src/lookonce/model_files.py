@@ -79,20 +79,28 @@ def find_files(
     projector, which is enough to replay saved looks. Raises ModelFileError for a missing, damaged or mismatched file.
     """
     told = wanted_type(mmproj_type) if retyped else None
+    found = _find(model, mmproj, told, store, fetch)
+    return _in_type(found, told, store, named=bool(mmproj_type)) if retyped else found
+
+
+def _find(
+    model: str | PathLike[str],
+    mmproj: str | PathLike[str] | None,
+    told: str | None,
+    store: Store | None,
+    fetch: Fetch | None,
+) -> ModelFiles:
+    """The files before any that was retyped; of several projectors rather one of the type that is `told`."""
     name, quantization = split_name(model) if isinstance(model, str) else ("", None)
     if (named := _named_card(name, model)) is not None:
-        search = _CardSearch(named, quantization, told or named.mmproj_type, store)
-        found = _of_card(search, mmproj, fetch)
-        return _in_type(found, mmproj_type, store) if retyped else found
+        return _of_card(_CardSearch(named, quantization, told or named.mmproj_type, store), mmproj, fetch)
     path = _place("model", model)
     if not exists(path):
         raise _unknown(model)
     beside = read_folder(path) if path.is_dir() else None
     text = _text_model(path) if beside is None else only_text_model(beside)
-    card_of_file = _card_of(text, store)
-    kind = told or (card_of_file.mmproj_type if card_of_file else None)
-    found = replace(_paired(text, mmproj, kind, beside), card=card_of_file)
-    return _in_type(found, mmproj_type, store) if retyped else found
+    card = _card_of(text, store)
+    return replace(_paired(text, mmproj, told or (card.mmproj_type if card else None), beside), card=card)
 
 
 def _named_card(name: str, model: str | PathLike[str]) -> ModelCard | None:
@@ -309,16 +317,15 @@ def _text_model(path: Path) -> GgufFile:
     return text
 
 
-def _in_type(files: ModelFiles, mmproj_type: str | None, store: Store | None) -> ModelFiles:
-    """The files with the projector in the type that is wanted.
+def _in_type(files: ModelFiles, told: str | None, store: Store | None, *, named: bool) -> ModelFiles:
+    """The files with the projector in the type wanted: `told` by the caller if `named`, else by the environment.
 
     Where there is none of it the caller, who named the type, is told; otherwise only those are who bring a picture.
     The environment's word is about models of one's own: beside the one in the package no file can be made.
     """
-    told = wanted_type(mmproj_type)
     if files.projector is None:
         return files
-    if not mmproj_type and retype.is_shipped(files.projector):
+    if not named and retype.is_shipped(files.projector):
         told = None
     wanted = told or (files.card.mmproj_type if files.card else None)
     if wanted is None:
@@ -326,7 +333,7 @@ def _in_type(files: ModelFiles, mmproj_type: str | None, store: Store | None) ->
     found = retype.in_type(files.projector, wanted, store)
     if found is None:
         reason = retype.none_made(files.projector, wanted)
-        if mmproj_type:
+        if named:
             raise ModelFileError(reason)
         who, undo = (retype.TYPE_VARIABLE, "unset it") if told else ("the model's card", "take mmproj_type out of it")
         missing = f"{who} asks for the projector in {wanted}, but {reason}, or {undo}"
