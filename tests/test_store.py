@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -235,6 +236,19 @@ def test_a_changed_byte_in_an_entry_is_a_logged_miss_until_it_is_put_again(
     assert store.put(A, "look", bytes(100))
     assert store.get(A, "look") == bytes(100)
     assert store.check().sound
+
+
+@pytest.mark.parametrize("place", [0, (1 << 20) - 1, 1 << 20, 5 << 19, -1])
+def test_a_large_entry_is_verified_to_its_last_piece_and_cannot_be_written_to(store: Store, place: int) -> None:
+    payload = bytearray(np.random.default_rng(0).bytes(5 << 19) + b"end")
+    store.put(A, "state", bytes(payload))
+    kept = store.get(A, "state")
+    assert kept is not None
+    assert kept == payload
+    assert kept.readonly
+    payload[place] ^= 1
+    entry_path(store, A, "state").write_bytes(entry_path(store, A, "state").read_bytes()[:HEADER_BYTES] + payload)
+    assert store.get(A, "state") is None
 
 
 @pytest.mark.parametrize("length", [0, 10, HEADER_BYTES, HEADER_BYTES + 99, HEADER_BYTES + 101])

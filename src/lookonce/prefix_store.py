@@ -158,7 +158,7 @@ def _pack_head(key: str, state: KeptState) -> bytes:
     return head(metadata, {STATE: state.state.reshape(1, -1)})
 
 
-def _unpack(payload: bytes, key: str, held: Held) -> KeptState:
+def _unpack(payload: memoryview, key: str, held: Held) -> KeptState:
     name = f"state {key[:12]}"
     metadata, arrays = unpack(payload, [STATE], name=name)
     try:

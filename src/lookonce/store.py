@@ -67,7 +67,7 @@ class Store:
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder, Store(folder) as store:
     ...     store.put("ab" * 32, "look", b"rows", label="cat.jpg")
-    ...     store.get("ab" * 32, "look")
+    ...     bytes(store.get("ab" * 32, "look"))
     True
     b'rows'
     """
@@ -103,8 +103,8 @@ class Store:
             for index in (self._reading, self._writing):
                 index.close()
 
-    def get(self, key: str, kind: str) -> bytes | None:
-        """Give a payload, verified by its length and checksum, or None; waits for nobody."""
+    def get(self, key: str, kind: str) -> memoryview | None:
+        """Give a payload, verified by its length and checksum and read-only, or None; waits for nobody."""
         name = self._name(key, kind)
         try:
             payload = read_payload(name.path(self._objects), name)
