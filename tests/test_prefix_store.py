@@ -384,7 +384,7 @@ def test_an_entry_that_verifies_and_is_another_state_is_a_logged_miss(
         keys.append(next(entry.key for entry in store.entries() if entry.kind == "state"))
     other = store.get(keys[1], "state")
     assert other is not None
-    for payload in (other, b"", b"{}", other[:-1], other.replace(keys[1].encode(), keys[0].encode())):
+    for payload in (other, b"", b"{}", other[:-1], bytes(other).replace(keys[1].encode(), keys[0].encode())):
         store.put(keys[0], "state", payload)
         caplog.clear()
         with load(folder, store, state="read") as model:
