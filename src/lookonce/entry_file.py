@@ -101,7 +101,7 @@ def read_payload(path: Path, name: EntryName) -> memoryview:
 
 
 def _fresh_memory(size_bytes: int) -> memoryview:
-    """Memory to read into; a large one with all its pages at once, where one by one they take longer than the reading."""
+    """Memory to read into, large ones with all pages at once: one by one they take longer than the reading."""
     if size_bytes <= _PIECE_BYTES:
         return memoryview(bytearray(size_bytes))
     flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)  # the last on Linux alone
