@@ -82,7 +82,7 @@ def test_the_projector_of_the_type_that_is_asked_for_is_reported_and_handed_to_t
         (("--synthetic", "demo"), "there is no shape 'demo': choose one of tiny, 2b, 4b, 8b"),
         (("--synthetic", "tiny", "--mmproj", "x.gguf"), "--synthetic and --mmproj were both given"),
         (("--synthetic", "tiny", "--model", "demo"), "--synthetic and --model were both given"),
-        (("--model", "x.gguf", "--no-store"), "a kept look and state are what is measured"),
+        (("--model", "x.gguf", "--no-store"), "No such option: --no-store"),
         (("--model", "x.gguf"), "'x.gguf' does not exist"),
         (("--model", "x.gguf", "-i", "none.png"), "none.png"),
         (("--model", "x.gguf", "--rounds", "0"), "--rounds"),

@@ -157,6 +157,9 @@ def test_a_card_with_a_folder_of_its_own_has_nothing_to_fetch(place: Place, hub:
     run = place.run("own")
     assert (run.status, run.err) == (0, "own: nothing to fetch\n")
     assert [Path(line).name for line in run.out.splitlines()] == ["a.gguf", "b.gguf"]
+    run = place.run("own", "--to", "there")
+    assert (run.status, run.out) == (2, "")
+    assert "here already: leave out the folder 'there'" in run.err
     known = f'"b.gguf", sha256 = "{sha256(b"other")}"'
     place.cards.write_text(place.cards.read_text().replace('"b.gguf"', known))
     run = place.run("own")

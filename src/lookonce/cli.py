@@ -25,6 +25,7 @@ from lookonce.cli_option import (
     PixelOptions,
     SampleOptions,
     StoreFolder,
+    StoreOptions,
     gather,
     open_store,
 )
@@ -111,6 +112,7 @@ lookonce look photos/*.jpg --model qwen3-vl-2b-instruct --output looks/[/dim]
 def look(
     *,
     load: ModelOptions,
+    keep: StoreOptions,
     pixels: PixelOptions,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures, or saved looks.")],
     output: Annotated[
@@ -129,11 +131,11 @@ def look(
     from lookonce.look_plan import check_picture, plan_looks
 
     planned = plan_looks(images, output)
-    if load.no_store and output is None:
+    if keep.choice is False and output is None:
         raise InputError("with --no-store the looks would go nowhere: give --output FILE|FOLDER")
     for one in progress(planned, total=len(planned), what="Opening"):
         check_picture(one.picture)
-    with load.load() as model:
+    with load.load(store=keep.choice) as model:
         lost = []
         for one in progress(planned, total=len(planned), what="Looking"):
             with status(f"Looking at {one.picture}") if len(planned) == 1 else contextlib.nullcontext():
@@ -177,6 +179,7 @@ def ask(
     *,
     prompt: Annotated[str, typer.Argument(help="The question; - reads it from stdin.")],
     load: ModelOptions,
+    keep: StoreOptions,
     pixels: PixelOptions,
     sampling: SampleOptions,
     image: Annotated[
@@ -188,7 +191,8 @@ def ask(
         str,
         typer.Option(
             metavar="off|read|on",
-            help="Keep the evaluated pictures in the store, only use those kept, or neither. Default: on.",
+            help="on: evaluated pictures are kept in the store and used again; read: only used; off: neither.",
+            show_default=True,
             rich_help_panel="Store",
         ),
     ] = "on",
@@ -202,7 +206,7 @@ def ask(
     """
     options = sampling.options()
     question = _read_prompt() if prompt == "-" else prompt
-    with load.load(state=state) as model:
+    with load.load(store=keep.choice, state=state) as model:
         with status("Looking and reading"):
             stream = model.ask(
                 question,
@@ -327,7 +331,7 @@ def clear(
 
 @app.command()
 @gather
-def doctor(load: ModelOptions, json_: JsonFlag = False) -> None:
+def doctor(load: ModelOptions, store: StoreFolder = None, json_: JsonFlag = False) -> None:
     """Show versions, CPU, devices, models found and the store.
 
     With --model also check that a picture changes the model's answer; status 1
@@ -335,7 +339,7 @@ def doctor(load: ModelOptions, json_: JsonFlag = False) -> None:
     """
     from lookonce import doctor as doctor_
 
-    report = doctor_.examine(load.model, load.store)
+    report = doctor_.examine(load.model, store)
     if not json_:
         write("\n".join(doctor_.lines(report)) + "\n")
     if load.model is not None and not report.native.problem:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from lookonce.cli_option import MODEL_HINT, JsonFlag, ModelOptions, PixelOptions, gather
+from lookonce.cli_option import MODEL_HINT, JsonFlag, ModelOptions, PixelOptions, StoreFolder, gather
 from lookonce.errors import InputError
 from lookonce.synthetic.shape import shape_names
 from lookonce.terminal import FAILURE, bar, status, write, write_json
@@ -33,6 +33,7 @@ def bench(
     *,
     load: ModelOptions,
     pixels: PixelOptions,
+    store: StoreFolder = None,
     image: Annotated[
         Path | None, typer.Option("--image", "-i", metavar="FILE", help="Default: drawn shapes, 512 x 512.")
     ] = None,
@@ -63,15 +64,13 @@ def bench(
     from lookonce.model_files import find_files
     from lookonce.retype import wanted_type
 
-    if load.no_store:
-        raise InputError("--no-store was given, but a kept look and state are what is measured: leave it out")
     if image is not None:
         check_picture(str(image))
     model, options = _model(load, synthetic)
     files = find_files(model, options["mmproj"], mmproj_type=options["mmproj_type"])
     if files.projector is not None:  # what was found here is what the processes are to measure
         options |= {"mmproj": str(files.projector.path.absolute()), "mmproj_type": wanted_type(options["mmproj_type"])}
-    with _folder(load.store) as folder:
+    with _folder(store) as folder:
         job = Job(
             measure="",
             model=model,

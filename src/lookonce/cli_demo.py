@@ -53,8 +53,6 @@ def demo(
     """
     if image is not None and seed is not None:
         raise InputError("--image and --seed were both given: a given picture is not drawn, give one of them")
-    if load.store is not None or load.no_store:
-        raise InputError("the demo has a store of its own, gone afterwards: leave --store and --no-store out")
     if any(not one.strip() for one in prompt or ()):
         raise InputError("--prompt is empty: give a question, or leave it out")
     from lookonce.demo import DEMO_MODEL, DEMO_SEED, draw_subject, open_subject, run_demo

@@ -32,6 +32,7 @@ __all__ = [
     "PixelOptions",
     "SampleOptions",
     "StoreFolder",
+    "StoreOptions",
     "VectorOptions",
     "Verbose",
     "gather",
@@ -167,14 +168,9 @@ class ModelOptions:
     no_flash_attention: Annotated[
         bool, typer.Option("--no-flash-attention", help="Force it off.", rich_help_panel=_MODEL)
     ] = False
-    store: StoreFolder = None
-    no_store: Annotated[
-        bool,
-        typer.Option("--no-store", help="Neither read nor keep looks in a store.", rich_help_panel=_STORE),
-    ] = False
 
-    def load(self, *, store: "Store | Path | bool | None" = None, state: str = "on") -> "Model":
-        """Load the model; `store` replaces what the options say about the store, `state` is what `ask` says.
+    def load(self, *, store: "Store | Path | bool", state: str = "on") -> "Model":
+        """Load the model; `store` is what `StoreOptions` or the command says, `state` what `ask` says.
 
         Raises InputError where no model was given, and what `lookonce.load` raises.
         """
@@ -183,12 +179,8 @@ class ModelOptions:
                 f"no model was given: give --model NAME|FILE|FOLDER, or set LOOKONCE_MODEL; `lookonce pull {SMALLEST}` "
                 "fetches one, and --model demo is in the box"
             )
-        if self.no_store and self.store is not None:
-            raise InputError("--store and --no-store were both given: give one of them")
         if self.flash_attention and self.no_flash_attention:
             raise InputError("--flash-attention and --no-flash-attention were both given: give one of them")
-        if store is None:
-            store = False if self.no_store else True if self.store is None else self.store
         with status(f"Loading {self.model}"):
             from lookonce.model import load
             from lookonce.native.text import KvType
@@ -207,6 +199,24 @@ class ModelOptions:
                 store=store,
                 state=cast(StateMode, state),  # here too
             )
+
+
+@dataclass(frozen=True)
+class StoreOptions:
+    """Where looks and states are kept, if anywhere."""
+
+    store: StoreFolder = None
+    no_store: Annotated[
+        bool,
+        typer.Option("--no-store", help="Neither read nor keep looks in a store.", rich_help_panel=_STORE),
+    ] = False
+
+    @property
+    def choice(self) -> "Path | bool":
+        """The folder, True for the user's own, or False for none, as `lookonce.load` takes it. Raises InputError."""
+        if self.no_store and self.store is not None:
+            raise InputError("--store and --no-store were both given: give one of them")
+        return not self.no_store if self.store is None else self.store
 
 
 @dataclass(frozen=True)

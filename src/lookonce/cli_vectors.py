@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Annotated, Final, cast
 
 import typer
 
-from lookonce.cli_option import MODEL_HINT, JsonFlag, ModelOptions, PixelOptions, VectorOptions, gather, open_store
+from lookonce.cli_option import (
+    MODEL_HINT,
+    JsonFlag,
+    ModelOptions,
+    PixelOptions,
+    StoreOptions,
+    VectorOptions,
+    gather,
+    open_store,
+)
 from lookonce.errors import InputError
 from lookonce.terminal import bar, progress, status, write, write_json
 
@@ -48,6 +57,7 @@ lookonce extract cat.jpg dog.jpg --outdir stages --together --save-tokens[/dim]
 def embed(
     *,
     load: ModelOptions,
+    keep: StoreOptions,
     pixels: PixelOptions,
     vectors: VectorOptions,
     texts: Annotated[list[str] | None, typer.Argument(metavar="TEXT", help="Texts, a vector each.")] = None,
@@ -97,10 +107,10 @@ def embed(
     source = Source(tuple(texts or ()), tuple(image or ()), input_)
     with status("Reading the input"):
         total = source.check(output, skip_errors=skip_errors)
-    with source.rows() as rows, load.load() as model:
+    with source.rows() as rows, load.load(store=keep.choice) as model:
         new_embedder = functools.partial(vectors.embedder, model, pixels)
         new_embedder().close()  # options that cannot be served are refused before a file is begun
-        dependencies = functools.partial(_dependencies, load, pixels, vectors)
+        dependencies = functools.partial(_dependencies, load, keep, pixels, vectors)
         with _sink(output, dependencies, restart=restart) as sink, bar(total=total, what="Embedding") as advance:
             advance(sink.resume(rows))
             embed_rows(new_embedder, rows, sink, batch_size=batch_size, skip_errors=skip_errors, advance=advance)
@@ -154,13 +164,15 @@ class _Lines:
         return ""
 
 
-def _dependencies(load: ModelOptions, pixels: PixelOptions, vectors: VectorOptions) -> dict[str, object]:
+def _dependencies(
+    load: ModelOptions, keep: StoreOptions, pixels: PixelOptions, vectors: VectorOptions
+) -> dict[str, object]:
     """What vectors depend on, by the options' names. A thread more or less changes no more than rounding."""
     from lookonce.fingerprint import fingerprint_of, hash_files
     from lookonce.model_files import find_files
 
-    kept = contextlib.nullcontext() if load.no_store else open_store(load.store)
-    with status("Reading the model's fingerprint"), kept as store:
+    opened = contextlib.nullcontext() if keep.no_store else open_store(keep.store)
+    with status("Reading the model's fingerprint"), opened as store:
         files = find_files(cast(str, load.model), load.mmproj, mmproj_type=load.mmproj_type, store=store)
         facts: dict[str, object] = {
             "model": fingerprint_of(files.text, store),
@@ -178,6 +190,7 @@ def _dependencies(load: ModelOptions, pixels: PixelOptions, vectors: VectorOptio
 def extract(
     *,
     load: ModelOptions,
+    keep: StoreOptions,
     pixels: PixelOptions,
     images: Annotated[list[str], typer.Argument(metavar="IMAGE...", help="Pictures.")],
     outdir: Annotated[str, typer.Option(metavar="FOLDER", help="Where to save: each picture in FOLDER/its name/.")],
@@ -214,7 +227,7 @@ def extract(
         raise InputError("--vision-layer was given without --save-tokens: a layer's tensor is saved only with it")
     for one in progress(images, total=len(images), what="Opening"):
         check_picture(one)
-    with load.load() as model:
+    with load.load(store=keep.choice) as model:
         from lookonce.stages import extract as extract_stages
 
         for plan in progress(planned, total=len(planned), what="Extracting"):

@@ -97,6 +97,10 @@ def pull(
     wanted = (card.text_file(quant), card.projector_file(projector_type))
     tell = progress or (lambda _: None)
     if card.folder is not None:
+        if folder is not None:
+            raise InputError(
+                f"the files of {card.name} lie in {card.folder} already: leave out the folder {fspath(folder)!r}"
+            )
         with _open_notes() as notes:
             return PulledFiles(*(_beside(card, card.folder / file.name, file, tell, notes) for file in wanted))
     hubs = _choose_hubs(card, source)
