@@ -44,7 +44,7 @@ def load_model(options: argparse.Namespace) -> lookonce.Model:
     """Load the model that the options name, or the environment."""
     model = options.model or os.environ.get("LOOKONCE_MODEL")
     mmproj = options.mmproj or os.environ.get("LOOKONCE_MMPROJ")
-    return ModelOptions(model=model, mmproj=mmproj, device=options.device).load()
+    return ModelOptions(model=model, mmproj=mmproj, device=options.device).load(store=True)
 
 
 def run_script(
