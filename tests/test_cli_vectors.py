@@ -292,6 +292,14 @@ def test_extract_saves_each_pictures_stages_in_a_folder_of_its_name(capsys: pyte
     assert not np.array_equal(np.load("out/cat/lm_pooled_mean.npy"), np.load("out/dog/lm_pooled_mean.npy"))
 
 
+def test_extract_keeps_looks_where_the_store_is_said_to_be(capsys: pytest.CaptureFixture[str]) -> None:
+    for options, count in ((("--no-store",), 0), (("--store", "mine"), 1)):
+        status, _, err = run_here(capsys, "extract", "cat.png", "--outdir", "out", *options, *FAST)
+        assert (status, err) == (0, "")
+        assert len(list(Path("mine").rglob("*.look"))) == count
+        assert not list(Path(os.environ["LOOKONCE_STORE"]).rglob("*.look"))
+
+
 def test_extract_saves_the_tensors_on_request_and_takes_pictures_together(
     capsys: pytest.CaptureFixture[str], tiny_pair: tuple[Path, Path]
 ) -> None:

@@ -1,6 +1,7 @@
 """The store: what is put is got, the limit holds, and no fault of the disk shows as anything but a miss."""
 
 import contextlib
+import errno
 import hashlib
 import os
 import signal
@@ -238,17 +239,43 @@ def test_a_changed_byte_in_an_entry_is_a_logged_miss_until_it_is_put_again(
     assert store.check().sound
 
 
-@pytest.mark.parametrize("place", [0, (1 << 20) - 1, 1 << 20, 5 << 19, -1])
-def test_a_large_entry_is_verified_to_its_last_piece_and_cannot_be_written_to(store: Store, place: int) -> None:
-    payload = bytearray(np.random.default_rng(0).bytes(5 << 19) + b"end")
-    store.put(A, "state", bytes(payload))
+@pytest.mark.parametrize("size_bytes", [0, 1, (1 << 18) - 1, 1 << 18, (1 << 18) + 1, (5 << 18) + 3])
+def test_an_entry_of_any_size_is_given_whole_and_cannot_be_written_to(store: Store, size_bytes: int) -> None:
+    payload = np.random.default_rng(0).bytes(size_bytes)
+    store.put(A, "state", payload)
     kept = store.get(A, "state")
     assert kept is not None
     assert kept == payload
     assert kept.readonly
+
+
+@pytest.mark.parametrize("place", [0, (1 << 18) - 1, 1 << 18, 5 << 18, -1])
+def test_a_large_entry_is_verified_to_its_last_piece(store: Store, place: int) -> None:
+    payload = bytearray(np.random.default_rng(0).bytes((5 << 18) + 3))
+    store.put(A, "state", bytes(payload))
     payload[place] ^= 1
     entry_path(store, A, "state").write_bytes(entry_path(store, A, "state").read_bytes()[:HEADER_BYTES] + payload)
     assert store.get(A, "state") is None
+
+
+@pytest.mark.parametrize("reason", [errno.ENOMEM, errno.EMFILE, errno.EACCES])
+def test_a_repair_deletes_nothing_that_only_could_not_be_read(
+    store: Store, monkeypatch: pytest.MonkeyPatch, reason: int
+) -> None:
+    def fail(*_: object) -> memoryview:
+        raise OSError(reason, os.strerror(reason))
+
+    store.put(A, "look", b"rows")
+    with monkeypatch.context() as patch:
+        patch.setattr("lookonce.store.read_payload", fail)
+        with pytest.raises(StoreError, match=os.strerror(reason)):
+            store.check(repair=True)
+    assert store.get(A, "look") == b"rows"
+    with monkeypatch.context() as patch:
+        reason = errno.EIO
+        patch.setattr("lookonce.store.read_payload", fail)
+        assert store.check(repair=True).corrupt == (f"{A}.look",)
+    assert store.get(A, "look") is None
 
 
 @pytest.mark.parametrize("length", [0, 10, HEADER_BYTES, HEADER_BYTES + 99, HEADER_BYTES + 101])

@@ -62,7 +62,7 @@ StoreFolder = Annotated[
         "--store",
         metavar="FOLDER",
         file_okay=False,
-        help="Keep looks here. Default: $LOOKONCE_STORE, else the user's cache.",
+        help="Keep looks and states here. Default: $LOOKONCE_STORE, else the user's cache.",
         rich_help_panel=_STORE,
     ),
 ]
@@ -208,7 +208,7 @@ class StoreOptions:
     store: StoreFolder = None
     no_store: Annotated[
         bool,
-        typer.Option("--no-store", help="Neither read nor keep looks in a store.", rich_help_panel=_STORE),
+        typer.Option("--no-store", help="Neither read nor keep looks and states in a store.", rich_help_panel=_STORE),
     ] = False
 
     @property

@@ -88,7 +88,7 @@ def fetch(
     else:
         write_error(f"{card.name}: {_summary(card, pulled)}")
         write("".join(f"{file.path}\n" for file in files.values()))
-        if folder is not None and card.folder is None:
+        if folder is not None:
             write_error(_use(card.name if quant is None else f"{card.name}:{quant}", pulled))
 
 

@@ -86,7 +86,8 @@ def pull(
 
     quant, projector_type: which files; by default those that stand first on the card.
     source: "auto" asks Hugging Face, and ModelScope where that cannot be reached.
-    folder: where the files go; by default the cache of the hub that they come from.
+    folder: where the files go; by default the cache of the hub that they come from. None for a card whose files lie
+        in a folder that it names.
     progress: is told of every step, from the thread that called.
 
     What was cut off before is gone on with. Safe with several processes. Raises InputError for options that the card

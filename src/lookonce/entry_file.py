@@ -40,7 +40,8 @@ _MAGIC = b"LOOKSTO3"
 _HEADER = struct.Struct("<8s16s32sQ16s16x128s")
 _KEY = re.compile(r"[0-9a-f]{64}")
 _KIND = re.compile(r"[a-z][a-z0-9_]{0,15}")
-_PIECE_BYTES = 1 << 18  # verified while the CPU's cache holds it
+_PIECE_BYTES = 1 << 18  # is verified while the CPU's cache holds it
+_MALLOC_BYTES = 1 << 18  # more than this gets pages of its own; a process may have some 65,000 such mappings
 
 
 class EntryDamage(Exception):  # noqa: N818  (it never leaves the store)
@@ -84,28 +85,29 @@ def read_payload(path: Path, name: EntryName) -> memoryview:
 
     The bytes cannot be written to.
     """
-    with path.open("rb", buffering=0) as file:
+    with path.open("rb") as file:
         length, digest, _ = _read_header(file, name)
         # Before reading, so that a damaged file never costs more memory than it has bytes.
         if os.fstat(file.fileno()).st_size != HEADER_BYTES + length:
             raise EntryDamage("its length is wrong")
-        payload = _fresh_memory(length)
+        payload = _make_memory(length)
         found = xxh3_128()
-        done = 0
-        while count := file.readinto(payload[done : done + _PIECE_BYTES]):
-            found.update(payload[done : done + count])
-            done += count
-    if done != length or found.digest() != digest:
+        for start in range(0, length, _PIECE_BYTES):
+            piece = payload[start : start + _PIECE_BYTES]
+            found.update(piece[: file.readinto(piece)])
+    if found.digest() != digest:
         raise EntryDamage("its checksum is wrong")
     return payload.toreadonly()
 
 
-def _fresh_memory(size_bytes: int) -> memoryview:
-    """Memory to read into, large ones with all pages at once: one by one they take longer than the reading."""
-    if size_bytes <= _PIECE_BYTES:
+def _make_memory(size_bytes: int) -> memoryview:
+    """Memory to read into; a large one with all its pages at once, where one by one they take longer than the reading.
+
+    Not with huge pages: a virtual machine whose host took back what was free waits for those the longest.
+    """
+    if size_bytes <= _MALLOC_BYTES or not hasattr(mmap, "MAP_POPULATE"):  # which Linux has
         return memoryview(bytearray(size_bytes))
-    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)  # the last on Linux alone
-    return memoryview(mmap.mmap(-1, size_bytes, flags=flags))
+    return memoryview(mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_POPULATE))
 
 
 def read_label(path: Path, name: EntryName) -> str:

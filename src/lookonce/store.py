@@ -12,6 +12,7 @@ the same lock, so no file is lost to the count and no fresh put to eviction. The
 readers then wait for nobody: SQLite is no part of an answer.
 """
 
+import errno
 import logging
 import os
 import time
@@ -190,7 +191,7 @@ class Store:
         """Read every file and compare it with its row; a damaged index is made again in any case.
 
         With `repair`, corrupt entries and old temporaries are deleted, orphans adopted, missing rows
-        forgotten.
+        forgotten. Raises StoreError where a file cannot be read for another reason than damage.
         """
         damaged = self._is_index_damaged()
         rows = {row[0] for row in self._rows()}
@@ -397,8 +398,16 @@ class Store:
             read_payload(name.path(self._objects), name)
         except FileNotFoundError:
             return False
-        except (OSError, EntryDamage):
+        except EntryDamage:
             return True
+        except OSError as error:
+            if error.errno == errno.EIO:  # what the disk cannot give back is gone
+                return True
+            # Rights, memory or open files that run out say nothing about the entry, which a repair would delete.
+            raise StoreError(
+                f"entry {name} of the store {self.folder} cannot be read ({error.strerror or error}): "
+                "mend that, then check again"
+            ) from error
         return False
 
     def _repair(self, corrupt: list[EntryName]) -> None:
