@@ -276,20 +276,64 @@ def test_a_state_belongs_to_the_text_models_content_not_its_name(folder: Path, s
     with load(folder, store) as model:
         model.ask("What?", [A], **GREEDY)
 
-    def ask(path: Path) -> None:
+    def ask(path: Path, *origins: str) -> None:
         os.utime(path, (1e9, 1e9))
-        for origin in ("evaluated", "store"):  # the first time its content is read, when the answer is out
+        for origin in origins:
             with load(path, store) as model:
                 assert model.ask("What?", [A], **GREEDY).usage.prefix == origin
 
-    ask(Path(shutil.copy(text, tmp_path / "renamed.gguf")))
+    ask(Path(shutil.copy(text, tmp_path / "renamed.gguf")), "store", "store")
     assert count(store) == 1
     tensor = gguf_file.read(text).tensors["output_norm.weight"]
     data = bytearray(text.read_bytes())
     data[tensor.offset] ^= 1
     (tmp_path / "altered.gguf").write_bytes(data)
-    ask(tmp_path / "altered.gguf")
+    ask(tmp_path / "altered.gguf", "evaluated", "store")
     assert count(store) == 2
+
+
+def test_a_state_is_used_where_what_the_model_hashes_to_cannot_be_noted(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with load(folder, store) as model:
+        model.ask("What?", [A], **GREEDY)
+    monkeypatch.setattr(Store, "recall", lambda *_: None)
+    for mode in ("read", "on"):
+        with load(folder, store, state=mode) as model:
+            assert model.ask("What?", [A], **GREEDY).usage.prefix == "store"
+
+
+def test_a_model_of_which_no_state_is_kept_is_not_read_before_its_first_answer(
+    folder: Path, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Store, "recall", lambda *_: None)
+    with load(folder, store, state="read") as model:
+        monkeypatch.setattr(Fingerprint, "read", lambda _: pytest.fail("the file was read"))
+        assert model.ask("What?", [A], **GREEDY).usage.prefix == "evaluated"
+
+
+def test_a_state_goes_before_its_looks(folder: Path, store: Store) -> None:
+    looks = [replace(look, key=str(number) * 64) for number, look in enumerate((A, B), start=1)]
+    for look in looks:
+        store.put(look.key, "look", look.to_bytes())
+    with load(folder, store) as model:
+        model.ask("Compare.", looks, **GREEDY)
+    store.prune(store.stats().size_bytes - 1)
+    assert {entry.kind for entry in store.entries()} == {"look"}
+    assert store.stats().entries == 2
+
+
+def test_a_state_that_would_only_push_out_its_look_is_not_kept(folder: Path, tmp_path: Path) -> None:
+    with Store(tmp_path / "probe") as probe, load(folder, probe) as model:
+        model.ask("What?", [A], **GREEDY)
+        model.close()
+        (state,) = probe.entries()
+    for spare_bytes, kept in ((-1000, 0), (1000, 1)):
+        limit_bytes = state.size_bytes + A.rows.nbytes + spare_bytes
+        with Store(tmp_path / str(kept), limit_bytes=limit_bytes) as store:
+            with load(folder, store) as model:
+                model.ask("What?", [A], **GREEDY)
+            assert count(store) == kept
 
 
 def test_a_text_model_overwritten_in_place_is_not_taken_for_the_old_one(

@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +106,77 @@ def test_names_that_could_leave_the_folder_are_refused(store: Store) -> None:
             store.put(key, kind, b"rows")
         with pytest.raises(InputError):
             store.get(key, kind)
+
+
+@pytest.mark.parametrize(
+    ("name", "payload"),
+    [
+        *[((key, "look"), b"rows") for key in (None, 5, A.encode(), [A])],
+        *[((A, kind), b"rows") for kind in (None, 5, b"look")],
+        *[((A, "look"), payload) for payload in (None, "rows", [1], np.zeros((4, 4)).T[::2])],
+    ],
+)
+def test_wrong_types_are_refused(store: Store, name: tuple[Any, Any], payload: Any) -> None:
+    with pytest.raises(InputError):
+        store.put(*name, payload)
+    if name != (A, "look"):
+        with pytest.raises(InputError):
+            store.get(*name)
+    assert keys(store) == []
+
+
+@pytest.mark.parametrize(("folder", "kind"), [(5, InputError), ("x" * 5000, StoreError), ("a\0b", StoreError)])
+def test_what_can_be_no_folder_is_refused(folder: Any, kind: type[Exception]) -> None:
+    with pytest.raises(kind, match="folder"):
+        Store(folder)
+
+
+def test_a_label_that_is_no_utf8_is_kept_as_far_as_it_can_be(store: Store) -> None:
+    assert store.put(A, "look", b"rows", label="caf\udce9.png")
+    assert [entry.label for entry in store.entries()] == ["caf?.png"]
+    assert store.get(A, "look") == b"rows"
+
+
+def test_an_entry_of_another_version_is_told_apart_from_damage(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    store.put(A, "look", b"rows")
+    data = bytearray(entry_path(store, A).read_bytes())
+    data[:8] = b"LOOKSTO2"
+    data[224:256] = hashlib.sha256(data[:224]).digest()
+    entry_path(store, A).write_bytes(data)
+    assert store.get(A, "look") is None
+    assert "it is of another version" in caplog.text
+    report = store.check()
+    assert (report.outdated, report.corrupt, report.sound) == ((f"{A}.look",), (), True)
+    assert store.check(repair=True).outdated == (f"{A}.look",)
+    assert keys(store) == []
+
+
+def test_damage_is_told_once_until_the_entry_is_made_again(store: Store, caplog: pytest.LogCaptureFixture) -> None:
+    for _ in range(2):
+        store.put(A, "look", b"rows")
+        entry_path(store, A).write_bytes(b"damaged")
+        caplog.clear()
+        for _ in range(3):
+            assert store.get(A, "look") is None
+        assert len(caplog.records) == 1
+
+
+@pytest.mark.parametrize("shrink", [Store.clear, lambda store: store.prune(300_000)], ids=["clear", "prune"])
+def test_a_disk_without_room_for_the_index_is_given_some(tmp_path: Path, shrink: Callable[[Store], int]) -> None:
+    place = tmp_path / "small"
+    place.mkdir()
+    with stress.mount("-t", "tmpfs", "-o", "size=2m", "tmpfs", str(place)):
+        with Store(place / "store") as store:
+            for number in range(8):
+                store.put(make_key(number), "look", bytes(100_000))
+        for path in (place / "store").glob("index.sqlite-*"):
+            path.unlink()
+        free = os.statvfs(place)
+        (place / "other").write_bytes(bytes(free.f_bavail * free.f_frsize))
+        with Store(place / "store") as store:
+            assert shrink(store) >= 500_000
+            assert store.stats().size_bytes <= 300_000
+            assert store.check().sound
 
 
 def test_a_closed_store_says_so(store: Store) -> None:

@@ -52,7 +52,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-store_app = typer.Typer(help="See, check, shrink or empty the store of looks.")
+store_app = typer.Typer(help="See, check, shrink or empty the store of looks and states.")
 app.add_typer(store_app, name="store")
 app.add_typer(models_app, name="models")
 
@@ -273,7 +273,9 @@ def stats(store: StoreFolder = None, json_: JsonFlag = False) -> None:
 @gather
 def check(
     store: StoreFolder = None,
-    repair: Annotated[bool, typer.Option("--repair", help="Delete damaged entries and left-over files.")] = False,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Delete damaged and outdated entries, and left-over files.")
+    ] = False,
     json_: JsonFlag = False,
 ) -> None:
     """Read every entry and report what is damaged.
@@ -289,7 +291,7 @@ def check(
         write(f"entries read: {report.checked}, {'sound' if report.sound else 'damaged'}\n")
         if report.index_damaged:
             write("the index was damaged, and was made again from the entries\n")
-        for what in ("corrupt", "missing", "orphans", "temporaries"):
+        for what in ("corrupt", "outdated", "missing", "orphans", "temporaries"):
             for name in getattr(report, what):
                 write(f"  {what}: {name}\n")
     if not report.sound and not repair:

@@ -24,7 +24,8 @@ from lookonce.images import open_picture, read_source
 from lookonce.looker import LookOptions
 from lookonce.model import Model
 from lookonce.scene import Scene, caption, make_twin, random_scene
-from lookonce.store import DEFAULT_LIMIT_BYTES, Store
+from lookonce.store import Store
+from lookonce.store_place import DEFAULT_LIMIT_BYTES
 from lookonce.terminal import status
 
 __all__ = ["DEMO_MODEL", "DEMO_SEED", "DemoResult", "Question", "Subject", "draw_subject", "open_subject", "run_demo"]

@@ -28,6 +28,7 @@ __all__ = [
     "HEADER_BYTES",
     "EntryDamage",
     "EntryName",
+    "EntryOutdated",
     "iterate_entries",
     "make_header",
     "read_label",
@@ -48,6 +49,10 @@ class EntryDamage(Exception):  # noqa: N818  (it never leaves the store)
     """A file is not the entry that its name says."""
 
 
+class EntryOutdated(EntryDamage):
+    """A file is an entry, sound maybe, in the format of another version of lookonce."""
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class EntryName:
     """The two words that name an entry: a key of 64 hexadecimal digits, and a kind."""
@@ -56,9 +61,9 @@ class EntryName:
     kind: str
 
     def __post_init__(self) -> None:
-        if not _KEY.fullmatch(self.key):
+        if not isinstance(self.key, str) or not _KEY.fullmatch(self.key):
             raise InputError(f"key {self.key!r} is not 64 hexadecimal digits in lower case")
-        if not _KIND.fullmatch(self.kind):
+        if not isinstance(self.kind, str) or not _KIND.fullmatch(self.kind):
             raise InputError(f"kind {self.kind!r} is not 1 to 16 of a-z, 0-9 and _, a letter first")
 
     def __str__(self) -> str:
@@ -145,7 +150,7 @@ def _read_header(file: BinaryIO, name: EntryName) -> tuple[int, bytes, str]:
         raise EntryDamage("its header is damaged")
     magic, kind, key, length, digest, label = _HEADER.unpack(head)
     if magic != _MAGIC:
-        raise EntryDamage("it is of another version")
+        raise EntryOutdated("it is of another version")
     if (key.hex(), kind.rstrip(b"\0").decode(errors="replace")) != (name.key, name.kind):
         raise EntryDamage("it holds another entry")
     return length, digest, label.rstrip(b"\0").decode(errors="replace")

@@ -22,6 +22,7 @@ from lookonce.errors import LookonceError, SavedLookError
 from lookonce.fingerprint import Fingerprint
 from lookonce.held import Held, calls
 from lookonce.kept_state import KeptState
+from lookonce.looker import LOOK
 from lookonce.prompt import Prompt, Run, TokenRun
 from lookonce.store import Store
 from lookonce.tensor_file import array_bytes, compact_json, head, unpack
@@ -58,10 +59,12 @@ class PrefixStore:
         """The state of the longest prefix that is kept, if it is longer than `beyond` units."""
         try:
             fingerprint = self._text.known()
+            if fingerprint is None and self._store.holds(STATE):  # its note is lost, or could not be written
+                fingerprint = self._text.value()
         except LookonceError as error:
             logger.debug("no kept state is looked for: %s", error)
             return None
-        if fingerprint is None:  # nothing was ever kept for this file, so the answer need not wait for its reading
+        if fingerprint is None:  # no state was ever kept, so the answer need not wait for the file's reading
             return None
         n_units = sum(len(run.tokens) if isinstance(run, TokenRun) else 1 for run in prompt.runs)
         ends = [end for end in prompt.picture_ends if beyond < end < n_units]
@@ -79,10 +82,11 @@ class PrefixStore:
         """Write a state to the store, later. Waits only where another one is still to be written."""
         if self.reads_only:
             return
-        if state.state.nbytes > self._store.limit_bytes:
+        size_bytes = state.state.nbytes + sum(look.rows.nbytes for look in _looks(state.held))
+        if size_bytes > self._store.limit_bytes:  # it would only push out its looks, which are dearer to make
             logger.debug(
-                "a state of %d bytes is not kept: the store's limit is %d",
-                *(state.state.nbytes, self._store.limit_bytes),
+                "a state is not kept: with its looks it has %d bytes, the store's limit is %d",
+                *(size_bytes, self._store.limit_bytes),
             )
             return
         if self._pending is not None:
@@ -103,6 +107,8 @@ class PrefixStore:
             ends = frozenset([len(state.held.units)])
             (_, key), *_ = self._keyed(self._text.value(), prompt, ends)
             self._store.put(key, STATE, (_pack_head(key, state), array_bytes(state.state)), label=self._text.path.name)
+            for look in _looks(state.held):  # which are dearer to make, so that the state goes first
+                self._store.touch(look.key, LOOK)
         except (LookonceError, OSError, MemoryError) as error:
             logger.warning("a state was not kept: %s", error)
 
@@ -134,6 +140,10 @@ def _content(look: ImageEmbedding) -> str:
     digest.update(array_bytes(look.rows))
     digest.update(array_bytes(look.positions))
     return str(digest.hexdigest())
+
+
+def _looks(held: Held) -> list[ImageEmbedding]:
+    return list({unit.look.key: unit.look for unit in held.units if not isinstance(unit, int)}.values())
 
 
 def _runs(held: Held) -> Iterator[Run]:

@@ -15,6 +15,7 @@ readers then wait for nobody: SQLite is no part of an answer.
 import errno
 import logging
 import os
+import shutil
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -24,15 +25,13 @@ from sqlite3 import Connection
 from types import MappingProxyType, TracebackType
 from typing import TypeVar
 
-import platformdirs
-
-from lookonce import store_index
-from lookonce.byte_size import parse_size
+from lookonce import store_index, store_place
 from lookonce.durable import Data, make_folder, sync_folder, write_temporary
 from lookonce.entry_file import (
     HEADER_BYTES,
     EntryDamage,
     EntryName,
+    EntryOutdated,
     iterate_entries,
     make_header,
     read_label,
@@ -42,16 +41,15 @@ from lookonce.errors import ClosedError, InputError, StoreError
 from lookonce.store_index import IndexDamage, IndexUnavailable, StoreIndex
 from lookonce.store_report import KindStats, StoreEntry, StoreReport, StoreStats
 
-__all__ = ["DEFAULT_LIMIT_BYTES", "KindStats", "Store", "StoreEntry", "StoreReport", "StoreStats"]
+__all__ = ["KindStats", "Store", "StoreEntry", "StoreReport", "StoreStats"]
 
 _logger = logging.getLogger(__name__)
-
-DEFAULT_LIMIT_BYTES = 20 << 30
 
 _WRITE_TIMEOUT_S = 30.0
 _NOTE_TIMEOUT_S = 0.25
 _TEMPORARY_AGE_S = 3600.0
 _MAX_PENDING = 10_000
+_INDEX_ROOM_BYTES = 4 << 20  # SQLite's log is at most this large
 
 _Result = TypeVar("_Result")
 
@@ -74,16 +72,15 @@ class Store:
     """
 
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, limit_bytes: int | None = None) -> None:
-        self.folder = Path(folder or os.environ.get("LOOKONCE_STORE") or _default_folder()).expanduser()
-        self.limit_bytes = _read_limit(limit_bytes)
-        if self.folder.exists() and not self.folder.is_dir():
-            raise StoreError(f"the store {self.folder} is not a folder: give another")
+        self.folder = store_place.folder_of(folder)
+        self.limit_bytes = store_place.limit_of(limit_bytes)
         self._objects = self.folder / "objects"
         self._temporary = self.folder / "tmp"
         # Two connections, so that a note is read while another thread waits to write.
         self._reading = StoreIndex(self.folder)
         self._writing = StoreIndex(self.folder)
         self._used: deque[EntryName] = deque(maxlen=_MAX_PENDING)
+        self._told: set[EntryName] = set()  # whose damage was told
         self._settled = False
         self._closed = False
 
@@ -112,7 +109,10 @@ class Store:
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, EntryDamage) as error:
-            _logger.warning("entry %s in the store %s counts as missing: %s", name, self.folder, error)
+            # One question may ask more than once, until the entry is made again.
+            level = logging.DEBUG if name in self._told else logging.WARNING
+            _logger.log(level, "entry %s in the store %s counts as missing: %s", name, self.folder, error)
+            self._told.add(name)
             return None
         self._used.append(name)
         self._record_use()
@@ -124,8 +124,9 @@ class Store:
         False, with one warning in the log, where it could not be kept. A tuple is one payload in parts.
         """
         name = self._name(key, kind)
-        parts = payload if isinstance(payload, tuple) else (payload,)
-        size_bytes = HEADER_BYTES + sum(memoryview(part).nbytes for part in parts)
+        parts = [_bytes_of(part) for part in (payload if isinstance(payload, tuple) else (payload,))]
+        label = label.encode(errors="replace").decode()  # a file's name may hold half a surrogate pair
+        size_bytes = HEADER_BYTES + sum(part.nbytes for part in parts)
         if size_bytes > self.limit_bytes:
             _logger.warning(
                 "entry %s was not kept: its %d bytes are more than the limit of %d of the store %s",
@@ -148,7 +149,12 @@ class Store:
         except (OSError, IndexUnavailable, IndexDamage) as error:
             _logger.warning("entry %s was not kept in the store %s: %s", name, self.folder, error)
             return False
+        self._told.discard(name)
         return True
+
+    def touch(self, key: str, kind: str) -> None:
+        """Count an entry as used now, as `get` does."""
+        self._used.append(self._name(key, kind))
 
     def recall(self, kind: str, digest: str) -> str | None:
         """Give what was remembered, or None; waits for nobody."""
@@ -172,6 +178,16 @@ class Store:
         except (OSError, IndexUnavailable, IndexDamage) as error:
             _logger.debug("a note was not kept in the store %s: %s", self.folder, error)
 
+    def holds(self, kind: str) -> bool:
+        """Whether there is any entry of that kind, as far as the index says; waits for nobody."""
+        self._check_open()
+        try:
+            with self._reading.read() as connection:
+                return store_index.has_kind(connection, kind)
+        except (OSError, IndexUnavailable, IndexDamage) as error:
+            _logger.debug("the index of the store %s cannot be read: %s", self.folder, error)
+        return False
+
     def entries(self) -> Iterator[StoreEntry]:
         """Give the entries of this moment, the one used last first."""
         for name, size_bytes, created_s, label in self._rows():
@@ -190,13 +206,14 @@ class Store:
     def check(self, *, repair: bool = False) -> StoreReport:
         """Read every file and compare it with its row; a damaged index is made again in any case.
 
-        With `repair`, corrupt entries and old temporaries are deleted, orphans adopted, missing rows
+        With `repair`, corrupt and outdated entries and old temporaries are deleted, orphans adopted, missing rows
         forgotten. Raises StoreError where a file cannot be read for another reason than damage.
         """
         damaged = self._is_index_damaged()
         rows = {row[0] for row in self._rows()}
         files = [name for name, _ in iterate_entries(self._objects)]
-        corrupt = [name for name in files if self._is_corrupt(name)]
+        found = {name: damage for name in files if (damage := self._damage(name))}
+        outdated = [name for name, damage in found.items() if isinstance(damage, EntryOutdated)]
         missing = sorted(rows - set(files))
         # Others go on working, so what seems amiss is looked at once more.
         now = {row[0] for row in self._rows()}
@@ -204,10 +221,11 @@ class Store:
         missing = [name for name in missing if name in now and not name.path(self._objects).exists()]
         temporaries = self._old_temporaries()
         if repair:
-            self._repair(corrupt)
+            self._repair([*found])
         return StoreReport(
             checked=len(files),
-            corrupt=tuple(map(str, corrupt)),
+            corrupt=tuple(str(name) for name in found if name not in outdated),
+            outdated=tuple(map(str, outdated)),
             missing=tuple(map(str, missing)),
             orphans=tuple(map(str, orphans)),
             temporaries=tuple(path.name for path in temporaries),
@@ -220,8 +238,8 @@ class Store:
 
         Counts the files themselves, adopting those that a kill left without a row.
         """
-        limit_bytes = self.limit_bytes if limit_bytes is None else _read_limit(limit_bytes)
-        return self._administer(lambda connection: self._evict(connection, limit_bytes))
+        limit_bytes = self.limit_bytes if limit_bytes is None else store_place.limit_of(limit_bytes)
+        return self._shrink(lambda connection: self._evict(connection, limit_bytes), limit_bytes)
 
     def clear(self) -> int:
         """Delete every entry and note; give the bytes freed."""
@@ -230,7 +248,7 @@ class Store:
             connection.execute("DELETE FROM notes")
             return self._evict(connection, 0)
 
-        return self._administer(clear)
+        return self._shrink(clear, 0)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -393,27 +411,27 @@ class Store:
             self._reading.mend()
         return True
 
-    def _is_corrupt(self, name: EntryName) -> bool:
+    def _damage(self, name: EntryName) -> EntryDamage | None:
         try:
             read_payload(name.path(self._objects), name)
         except FileNotFoundError:
-            return False
-        except EntryDamage:
-            return True
+            return None
+        except EntryDamage as damage:
+            return damage
         except OSError as error:
-            if error.errno == errno.EIO:  # what the disk cannot give back is gone
-                return True
+            if error.errno == errno.EIO:
+                return EntryDamage("the disk cannot give it back")
             # Rights, memory or open files that run out say nothing about the entry, which a repair would delete.
             raise StoreError(
                 f"entry {name} of the store {self.folder} cannot be read ({error.strerror or error}): "
                 "mend that, then check again"
             ) from error
-        return False
+        return None
 
-    def _repair(self, corrupt: list[EntryName]) -> None:
+    def _repair(self, damaged: list[EntryName]) -> None:
         def delete(connection: Connection) -> int:
-            for name in corrupt:
-                if self._is_corrupt(name):
+            for name in damaged:
+                if self._damage(name):
                     name.path(self._objects).unlink()
                     store_index.delete_row(connection, name)
             return 0
@@ -434,6 +452,29 @@ class Store:
         except (OSError, IndexUnavailable, IndexDamage) as error:
             raise StoreError(f"the store {self.folder} cannot be changed: {error}") from error
 
+    def _shrink(self, work: Callable[[Connection], int], limit_bytes: int) -> int:
+        """Do `work`, which frees what is over the limit; give the bytes freed."""
+        try:
+            return self._administer(work)
+        except StoreError:
+            if shutil.disk_usage(self.folder).free >= _INDEX_ROOM_BYTES:
+                raise
+        # On a full disk the index itself cannot be written: room comes first, from the oldest files.
+        freed_bytes = self._delete_oldest(limit_bytes)
+        return freed_bytes + self._administer(work)
+
+    def _delete_oldest(self, limit_bytes: int) -> int:
+        files = sorted(iterate_entries(self._objects), key=lambda file: file[1].st_mtime)
+        excess = sum(status.st_size for _, status in files) - limit_bytes
+        freed_bytes = 0
+        for name, status in files:
+            if freed_bytes >= excess:
+                break
+            with suppress(OSError):
+                name.path(self._objects).unlink()
+                freed_bytes += status.st_size
+        return freed_bytes
+
     def _old_temporaries(self) -> list[Path]:
         oldest_s = time.time() - _TEMPORARY_AGE_S
         found = []
@@ -449,17 +490,8 @@ class Store:
             path.unlink(missing_ok=True)
 
 
-def _default_folder() -> Path:
-    return platformdirs.user_cache_path("lookonce", appauthor=False) / "store"
-
-
-def _read_limit(limit_bytes: int | None) -> int:
-    if limit_bytes is None:
-        named = os.environ.get("LOOKONCE_STORE_LIMIT")
-        try:
-            return parse_size(named) if named else DEFAULT_LIMIT_BYTES
-        except InputError as error:
-            raise InputError(f"LOOKONCE_STORE_LIMIT: {error}") from error
-    if isinstance(limit_bytes, bool) or not isinstance(limit_bytes, int) or limit_bytes < 0:
-        raise InputError(f"limit_bytes is {limit_bytes!r}: give a number of bytes, from 0 on")
-    return limit_bytes
+def _bytes_of(part: Data) -> memoryview:
+    try:
+        return memoryview(part).cast("B")
+    except (TypeError, ValueError) as error:
+        raise InputError(f"a payload is {type(part).__name__}: give bytes, or contiguous memory") from error

@@ -254,6 +254,11 @@ class StoreIndex:
             lock.close()
 
 
+def has_kind(connection: sqlite3.Connection, kind: str) -> bool:
+    """Tell whether any entry of that kind is in the index."""
+    return connection.execute("SELECT 1 FROM entries WHERE kind=? LIMIT 1", (kind,)).fetchone() is not None
+
+
 def has_row(connection: sqlite3.Connection, name: EntryName) -> bool:
     """Tell whether the entry is in the index."""
     found = connection.execute("SELECT 1 FROM entries WHERE key=? AND kind=?", (name.key, name.kind))

@@ -52,12 +52,14 @@ class StoreStats:
 class StoreReport:
     """What `Store.check` found; entries are named `key.kind`.
 
+    `outdated` are entries of another version, which are never used: their pictures are looked at or evaluated again.
     `missing` are rows without a file, as a kill leaves them, `orphans` files without a row, as a power cut may: both
     are harmless. `temporaries` are left-over files more than an hour old.
     """
 
     checked: int
     corrupt: tuple[str, ...]
+    outdated: tuple[str, ...]
     missing: tuple[str, ...]
     orphans: tuple[str, ...]
     temporaries: tuple[str, ...]
