@@ -73,6 +73,18 @@ def test_auto_writes_the_fastest_and_nothing_where_that_is_the_files_own(
     assert told["times_s"][faster] == 0.1
 
 
+def test_a_file_retyped_earlier_that_auto_would_take_is_told(
+    capsys: pytest.CaptureFixture[str], model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(capsys, "models", "retype", model, "--type", "Q8_0", "--threads", 1)
+    times = {"F32": [0.1], "BF16": [1.0], "F16": [1.0], "Q8_0": [1.0]}
+    monkeypatch.setattr(projector_choice, "measure_types", lambda *_, **__: times)
+    status, out, err = run(capsys, "models", "retype", model, "--threads", 1)
+    assert (status, len(err.splitlines())) == (0, 1)
+    assert "stays as it is" in out
+    assert f"--mmproj-type auto takes {model / 'mmproj-Q8_0.gguf'}, which was retyped earlier" in err
+
+
 def test_ask_uses_the_new_file_when_the_option_says_so(
     capsys: pytest.CaptureFixture[str], model: Path, tmp_path: Path
 ) -> None:

@@ -133,7 +133,7 @@ class ModelOptions:
         str | None,
         typer.Option(
             metavar="TYPE",
-            help="Use the projector of this type that models retype made: BF16, F16, Q8_0 or auto. "
+            help="Use the projector of this type that models retype made: BF16, F16, Q8_0, or auto, its last. "
             "Default: $LOOKONCE_MMPROJ_TYPE, else the card's.",
             rich_help_panel=_MODEL,
         ),

@@ -3,6 +3,7 @@
 Loads the native library only to measure and compare.
 """
 
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,10 +15,13 @@ from lookonce.errors import InputError, ModelFileError
 from lookonce.terminal import bar, status, write, write_json
 
 if TYPE_CHECKING:
+    from lookonce.gguf_file import GgufFile
     from lookonce.projector_choice import Choice
     from lookonce.retype import Retyped
 
 __all__ = ["RETYPE_EPILOG", "retype"]
+
+logger = logging.getLogger(__name__)
 
 RETYPE_EPILOG = """[dim]lookonce models retype models/mmproj-F16.gguf --type auto
 
@@ -60,6 +64,7 @@ def retype(
         wanted = choice.type
     if choice is not None and choice.type == choice.own:
         _print_kept(original.path, choice, json_)
+        _warn_of_another(original, original.path)
         return
     if retype_.is_shipped(original):
         raise InputError(retype_.copy_first(original))
@@ -70,6 +75,17 @@ def retype(
     with status("Comparing both on a test picture"):
         cosine = compare(made.original, made.path, threads=threads)
     _print_made(made, cosine, choice, json_)
+    if choice is not None:
+        _warn_of_another(original, made.path)
+
+
+def _warn_of_another(original: "GgufFile", chosen: Path) -> None:
+    """Tell where `--mmproj-type auto` takes another file than was chosen: the newest that was retyped."""
+    from lookonce.retype import in_type
+
+    taken = in_type(original, "auto")
+    if taken is not None and taken.path != chosen:
+        logger.warning("--mmproj-type auto takes %s, which was retyped earlier: delete it, or name a type", taken.path)
 
 
 class _Percent:
