@@ -338,13 +338,13 @@ def test_a_repair_deletes_nothing_that_only_could_not_be_read(
 
     store.put(A, "look", b"rows")
     with monkeypatch.context() as patch:
-        patch.setattr("lookonce.store.read_payload", fail)
+        patch.setattr("lookonce.entry_folder.read_payload", fail)
         with pytest.raises(StoreError, match=os.strerror(reason)):
             store.check(repair=True)
     assert store.get(A, "look") == b"rows"
     with monkeypatch.context() as patch:
         reason = errno.EIO
-        patch.setattr("lookonce.store.read_payload", fail)
+        patch.setattr("lookonce.entry_folder.read_payload", fail)
         assert store.check(repair=True).corrupt == (f"{A}.look",)
     assert store.get(A, "look") is None
 
@@ -680,7 +680,7 @@ def test_a_kill_after_the_rename_leaves_no_file_uncounted(store: Store, monkeypa
     store.put(A, "look", b"rows")
     child = os.fork()
     if child == 0:
-        monkeypatch.setattr("lookonce.store.sync_folder", lambda _: os._exit(9))
+        monkeypatch.setattr("lookonce.entry_folder.sync_folder", lambda _: os._exit(9))
         store.put(B, "look", b"rows")
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9

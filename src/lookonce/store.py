@@ -12,7 +12,6 @@ the same lock, so no file is lost to the count and no fresh put to eviction. The
 readers then wait for nobody: SQLite is no part of an answer.
 """
 
-import errno
 import logging
 import os
 import shutil
@@ -26,17 +25,9 @@ from types import MappingProxyType, TracebackType
 from typing import TypeVar
 
 from lookonce import store_index, store_place
-from lookonce.durable import Data, make_folder, sync_folder, write_temporary
-from lookonce.entry_file import (
-    HEADER_BYTES,
-    EntryDamage,
-    EntryName,
-    EntryOutdated,
-    iterate_entries,
-    make_header,
-    read_label,
-    read_payload,
-)
+from lookonce.durable import Data, make_folder
+from lookonce.entry_file import HEADER_BYTES, EntryDamage, EntryName, EntryOutdated, iterate_entries, read_label
+from lookonce.entry_folder import EntryFolder
 from lookonce.errors import ClosedError, InputError, StoreError
 from lookonce.store_index import IndexDamage, IndexUnavailable, StoreIndex
 from lookonce.store_report import KindStats, StoreEntry, StoreReport, StoreStats
@@ -47,7 +38,6 @@ _logger = logging.getLogger(__name__)
 
 _WRITE_TIMEOUT_S = 30.0
 _NOTE_TIMEOUT_S = 0.25
-_TEMPORARY_AGE_S = 3600.0
 _MAX_PENDING = 10_000
 _INDEX_ROOM_BYTES = 4 << 20  # SQLite's log is at most this large
 
@@ -74,8 +64,7 @@ class Store:
     def __init__(self, folder: str | os.PathLike[str] | None = None, *, limit_bytes: int | None = None) -> None:
         self.folder = store_place.folder_of(folder)
         self.limit_bytes = store_place.limit_of(limit_bytes)
-        self._objects = self.folder / "objects"
-        self._temporary = self.folder / "tmp"
+        self._files = EntryFolder(self.folder)
         # Two connections, so that a note is read while another thread waits to write.
         self._reading = StoreIndex(self.folder)
         self._writing = StoreIndex(self.folder)
@@ -105,7 +94,7 @@ class Store:
         """Give a payload, verified by its length and checksum and read-only, or None; waits for nobody."""
         name = self._name(key, kind)
         try:
-            payload = read_payload(name.path(self._objects), name)
+            payload = self._files.read(name)
         except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, EntryDamage) as error:
@@ -135,17 +124,9 @@ class Store:
             return False
         try:
             if not self._settled:
-                self._sweep()
-            # Folders are never removed, so they can be made before it is this writer's turn.
-            make_folder(self._temporary, root=self.folder)
-            make_folder(name.path(self._objects).parent, root=self.folder)
-            header = make_header(name, parts, label)
-            temporary = write_temporary(self._temporary, [header, *parts])
-            try:
+                self._files.sweep()
+            with self._files.staged(name, parts, label) as temporary:
                 self._place(temporary, name, size_bytes, label)
-            finally:
-                with suppress(OSError):
-                    temporary.unlink(missing_ok=True)
         except (OSError, IndexUnavailable, IndexDamage) as error:
             _logger.warning("entry %s was not kept in the store %s: %s", name, self.folder, error)
             return False
@@ -211,15 +192,15 @@ class Store:
         """
         damaged = self._is_index_damaged()
         rows = {row[0] for row in self._rows()}
-        files = [name for name, _ in iterate_entries(self._objects)]
-        found = {name: damage for name in files if (damage := self._damage(name))}
+        files = self._files.names()
+        found = {name: damage for name in files if (damage := self._files.damage(name))}
         outdated = [name for name, damage in found.items() if isinstance(damage, EntryOutdated)]
         missing = sorted(rows - set(files))
         # Others go on working, so what seems amiss is looked at once more.
         now = {row[0] for row in self._rows()}
-        orphans = [name for name in files if name not in rows | now and name.path(self._objects).exists()]
-        missing = [name for name in missing if name in now and not name.path(self._objects).exists()]
-        temporaries = self._old_temporaries()
+        orphans = [name for name in files if name not in rows | now and self._files.path(name).exists()]
+        missing = [name for name in missing if name in now and not self._files.path(name).exists()]
+        temporaries = self._files.old_temporaries()
         if repair:
             self._repair([*found])
         return StoreReport(
@@ -274,7 +255,6 @@ class Store:
         return once()
 
     def _place(self, temporary: Path, name: EntryName, size_bytes: int, label: str) -> None:
-        path = name.path(self._objects)
         renamed = known = False
 
         def add(connection: Connection) -> None:
@@ -291,9 +271,9 @@ class Store:
         def place(connection: Connection) -> None:
             nonlocal renamed
             if not renamed:
-                temporary.replace(path)
+                self._files.place(temporary, name)
                 renamed = True
-                sync_folder(path.parent)
+                self._files.sync(name)
             add(connection)
 
         try:
@@ -311,18 +291,18 @@ class Store:
             self._settled = True
         if store_index.total_bytes(connection) > self.limit_bytes:
             # Only a damaged index or a lower limit leaves it so: before anything goes, the files are asked.
-            store_index.reconcile(connection, self._objects)
+            store_index.reconcile(connection, self._files.objects)
 
     def _withdraw(self, name: EntryName, *, placed: bool) -> None:
         """Undo a put that failed, as far as the disk allows."""
 
         def forget(connection: Connection) -> None:
-            if not name.path(self._objects).exists():
+            if not self._files.path(name).exists():
                 store_index.delete_row(connection, name)
 
         with suppress(OSError, IndexUnavailable, IndexDamage):
             if placed:
-                name.path(self._objects).unlink(missing_ok=True)
+                self._files.path(name).unlink(missing_ok=True)
             self._write(forget, timeout_s=_NOTE_TIMEOUT_S)
 
     def _evict(self, connection: Connection, limit_bytes: int, *, keep: EntryName | None = None) -> int:
@@ -335,7 +315,7 @@ class Store:
                 if name == keep or store_index.total_bytes(connection) <= limit_bytes:
                     return freed_bytes
                 try:
-                    name.path(self._objects).unlink(missing_ok=True)
+                    self._files.path(name).unlink(missing_ok=True)
                 except OSError:
                     skipped += 1  # Windows keeps a file that is being read
                     continue
@@ -367,13 +347,13 @@ class Store:
     def _adopt(self, connection: Connection, name: EntryName) -> None:
         """Give a file that a kill left without a row its row; the write lock keeps eviction off."""
         with suppress(OSError, EntryDamage):
-            stat = name.path(self._objects).stat()
-            label = read_label(name.path(self._objects), name)
+            stat = self._files.path(name).stat()
+            label = read_label(self._files.path(name), name)
             store_index.put_row(connection, name, stat.st_size, stat.st_mtime, label)
 
     def _exists(self) -> bool:
         self._check_open()
-        return self._objects.is_dir() or self._reading.path.exists()
+        return self._files.objects.is_dir() or self._reading.path.exists()
 
     def _read(self, work: Callable[[Connection], _Result]) -> _Result:
         """Do `work` on the index, made anew from the files if it is damaged or gone."""
@@ -393,7 +373,7 @@ class Store:
             return self._read(store_index.read_rows)
         except (OSError, IndexUnavailable, IndexDamage) as error:
             _logger.warning("the index of the store %s cannot be read: %s", self.folder, error)
-        files = iterate_entries(self._objects)
+        files = iterate_entries(self._files.objects)
         return [(name, stat.st_size, stat.st_mtime, "") for name, stat in files]
 
     def _is_index_damaged(self) -> bool:
@@ -411,28 +391,11 @@ class Store:
             self._reading.mend()
         return True
 
-    def _damage(self, name: EntryName) -> EntryDamage | None:
-        try:
-            read_payload(name.path(self._objects), name)
-        except FileNotFoundError:
-            return None
-        except EntryDamage as damage:
-            return damage
-        except OSError as error:
-            if error.errno == errno.EIO:
-                return EntryDamage("the disk cannot give it back")
-            # Rights, memory or open files that run out say nothing about the entry, which a repair would delete.
-            raise StoreError(
-                f"entry {name} of the store {self.folder} cannot be read ({error.strerror or error}): "
-                "mend that, then check again"
-            ) from error
-        return None
-
     def _repair(self, damaged: list[EntryName]) -> None:
         def delete(connection: Connection) -> int:
             for name in damaged:
-                if self._damage(name):
-                    name.path(self._objects).unlink()
+                if self._files.damage(name):
+                    self._files.path(name).unlink()
                     store_index.delete_row(connection, name)
             return 0
 
@@ -443,11 +406,11 @@ class Store:
             return 0
 
         def reconciled(connection: Connection) -> int:
-            store_index.reconcile(connection, self._objects)
+            store_index.reconcile(connection, self._files.objects)
             return work(connection)
 
         try:
-            self._sweep()
+            self._files.sweep()
             return self._write(reconciled)
         except (OSError, IndexUnavailable, IndexDamage) as error:
             raise StoreError(f"the store {self.folder} cannot be changed: {error}") from error
@@ -460,34 +423,8 @@ class Store:
             if shutil.disk_usage(self.folder).free >= _INDEX_ROOM_BYTES:
                 raise
         # On a full disk the index itself cannot be written: room comes first, from the oldest files.
-        freed_bytes = self._delete_oldest(limit_bytes)
+        freed_bytes = self._files.delete_oldest(limit_bytes)
         return freed_bytes + self._administer(work)
-
-    def _delete_oldest(self, limit_bytes: int) -> int:
-        files = sorted(iterate_entries(self._objects), key=lambda file: file[1].st_mtime)
-        excess = sum(status.st_size for _, status in files) - limit_bytes
-        freed_bytes = 0
-        for name, status in files:
-            if freed_bytes >= excess:
-                break
-            with suppress(OSError):
-                name.path(self._objects).unlink()
-                freed_bytes += status.st_size
-        return freed_bytes
-
-    def _old_temporaries(self) -> list[Path]:
-        oldest_s = time.time() - _TEMPORARY_AGE_S
-        found = []
-        for path in sorted(self._temporary.glob(".*.tmp")):
-            with suppress(FileNotFoundError):
-                if path.stat().st_mtime < oldest_s:
-                    found.append(path)
-        return found
-
-    def _sweep(self) -> None:
-        """Delete the temporaries of processes that were killed; younger ones may still be written to."""
-        for path in self._old_temporaries():
-            path.unlink(missing_ok=True)
 
 
 def _bytes_of(part: Data) -> memoryview:
