@@ -1,7 +1,8 @@
 """One measurement of the benchmark, in a process of its own: `python -m lookonce.bench_worker`, a job on stdin.
 
 Each process loads the model, answers something else first, so that weights are in memory and the library has made what
-it makes once, and then measures one thing, with the store's files in the page cache. What it found goes to stdout as one line of JSON.
+it makes once, and then measures one thing, with the store's files in the page cache. What it found goes to stdout as
+one line of JSON.
 """
 
 import dataclasses
