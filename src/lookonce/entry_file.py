@@ -21,7 +21,6 @@ from typing import BinaryIO
 
 from xxhash import xxh3_128
 
-from lookonce.durable import Data
 from lookonce.errors import InputError
 
 __all__ = [
@@ -74,13 +73,13 @@ class EntryName:
         return objects / self.key[:2] / self.key[2:4] / str(self)
 
 
-def make_header(name: EntryName, parts: Sequence[Data], label: str) -> bytes:
-    """Give the 256 bytes that go before the payload, which is all `parts`; a long label is cut."""
-    short = label.encode(errors="replace")[:128].decode(errors="ignore").encode()
+def make_header(name: EntryName, parts: Sequence[memoryview], label: str) -> bytes:
+    """Give the 256 bytes that go before the payload, which is all `parts`, of bytes; a long label is cut."""
+    short = label.encode()[:128].decode(errors="ignore").encode()
     digest = xxh3_128()
     for part in parts:
         digest.update(part)
-    length = sum(memoryview(part).nbytes for part in parts)
+    length = sum(part.nbytes for part in parts)
     head = _HEADER.pack(_MAGIC, name.kind.encode(), bytes.fromhex(name.key), length, digest.digest(), short)
     return head + hashlib.sha256(head).digest()
 
@@ -108,7 +107,7 @@ def read_payload(path: Path, name: EntryName) -> memoryview:
 def _make_memory(size_bytes: int) -> memoryview:
     """Memory to read into; a large one with all its pages at once, where one by one they take longer than the reading.
 
-    Not with huge pages: a virtual machine whose host took back what was free waits for those the longest.
+    Not with huge pages: where the system has none at hand, they were measured to take several times as long.
     """
     if size_bytes <= _MALLOC_BYTES or not hasattr(mmap, "MAP_POPULATE"):  # which Linux has
         return memoryview(bytearray(size_bytes))

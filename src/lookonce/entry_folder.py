@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lookonce.durable import Data, make_folder, sync_folder, write_temporary
+from lookonce.durable import make_folder, sync_folder, write_temporary
 from lookonce.entry_file import EntryDamage, EntryName, iterate_entries, make_header, read_payload
 from lookonce.errors import StoreError
 
@@ -39,7 +39,7 @@ class EntryFolder:
         return [name for name, _ in iterate_entries(self.objects)]
 
     @contextmanager
-    def staged(self, name: EntryName, parts: Sequence[Data], label: str) -> Iterator[Path]:
+    def staged(self, name: EntryName, parts: Sequence[memoryview], label: str) -> Iterator[Path]:
         """A temporary on the disk with what the entry is to hold, for `place`; gone at the end. Raises OSError."""
         # Folders are never removed, so they can be made before it is this writer's turn.
         make_folder(self._temporary, root=self.folder)

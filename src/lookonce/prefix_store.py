@@ -60,7 +60,7 @@ class PrefixStore:
         try:
             fingerprint = self._text.known()
             if fingerprint is None and self._store.holds(STATE):  # its note is lost, or could not be written
-                fingerprint = self._text.value()
+                fingerprint = self._text.read()
         except LookonceError as error:
             logger.debug("no kept state is looked for: %s", error)
             return None

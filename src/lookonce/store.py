@@ -194,19 +194,21 @@ class Store:
         rows = {row[0] for row in self._rows()}
         files = self._files.names()
         found = {name: damage for name in files if (damage := self._files.damage(name))}
-        outdated = [name for name, damage in found.items() if isinstance(damage, EntryOutdated)]
+        outdated = [str(name) for name, damage in found.items() if isinstance(damage, EntryOutdated)]
+        corrupt = [str(name) for name, damage in found.items() if not isinstance(damage, EntryOutdated)]
         missing = sorted(rows - set(files))
         # Others go on working, so what seems amiss is looked at once more.
         now = {row[0] for row in self._rows()}
-        orphans = [name for name in files if name not in rows | now and self._files.path(name).exists()]
+        known = rows | now
+        orphans = [name for name in files if name not in known and self._files.path(name).exists()]
         missing = [name for name in missing if name in now and not self._files.path(name).exists()]
         temporaries = self._files.old_temporaries()
         if repair:
             self._repair([*found])
         return StoreReport(
             checked=len(files),
-            corrupt=tuple(str(name) for name in found if name not in outdated),
-            outdated=tuple(map(str, outdated)),
+            corrupt=tuple(corrupt),
+            outdated=tuple(outdated),
             missing=tuple(map(str, missing)),
             orphans=tuple(map(str, orphans)),
             temporaries=tuple(path.name for path in temporaries),
@@ -220,7 +222,7 @@ class Store:
         Counts the files themselves, adopting those that a kill left without a row.
         """
         limit_bytes = self.limit_bytes if limit_bytes is None else store_place.limit_of(limit_bytes)
-        return self._shrink(lambda connection: self._evict(connection, limit_bytes), limit_bytes)
+        return self._administer(lambda connection: self._evict(connection, limit_bytes), shrink_to_bytes=limit_bytes)
 
     def clear(self) -> int:
         """Delete every entry and note; give the bytes freed."""
@@ -229,7 +231,7 @@ class Store:
             connection.execute("DELETE FROM notes")
             return self._evict(connection, 0)
 
-        return self._shrink(clear, 0)
+        return self._administer(clear, shrink_to_bytes=0)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -401,7 +403,11 @@ class Store:
 
         self._administer(delete)
 
-    def _administer(self, work: Callable[[Connection], int]) -> int:
+    def _administer(self, work: Callable[[Connection], int], *, shrink_to_bytes: int | None = None) -> int:
+        """Do `work`, on an index that agrees with the files; give the bytes freed.
+
+        With `shrink_to_bytes`, a disk too full for the index itself first gets room from the oldest files.
+        """
         if not self._exists():
             return 0
 
@@ -411,20 +417,14 @@ class Store:
 
         try:
             self._files.sweep()
-            return self._write(reconciled)
+            try:
+                return self._write(reconciled)
+            except (OSError, IndexUnavailable):
+                if shrink_to_bytes is None or shutil.disk_usage(self.folder).free >= _INDEX_ROOM_BYTES:
+                    raise
+            return self._files.delete_oldest(shrink_to_bytes) + self._write(reconciled)
         except (OSError, IndexUnavailable, IndexDamage) as error:
             raise StoreError(f"the store {self.folder} cannot be changed: {error}") from error
-
-    def _shrink(self, work: Callable[[Connection], int], limit_bytes: int) -> int:
-        """Do `work`, which frees what is over the limit; give the bytes freed."""
-        try:
-            return self._administer(work)
-        except StoreError:
-            if shutil.disk_usage(self.folder).free >= _INDEX_ROOM_BYTES:
-                raise
-        # On a full disk the index itself cannot be written: room comes first, from the oldest files.
-        freed_bytes = self._files.delete_oldest(limit_bytes)
-        return freed_bytes + self._administer(work)
 
 
 def _bytes_of(part: Data) -> memoryview:
